@@ -1,0 +1,125 @@
+"""PruneConfig: the `prune` section of a recipe, and what a checkpoint remembers of it.
+
+`keep` is the one dial. Keys that are not common to all methods are the method's own options and sit
+beside `keep` in YAML; the method validates them when it is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from itprune.options import check_choice, check_fraction, from_mapping, to_plain
+
+LAYOUTS = ("packed", "padded")
+LABEL_ONLY_LOGITS = ("pruned", "always", "never")
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`keep` over training progress: from `start` to `to`, reached at progress `until`.
+
+    Written `{from: 1.0, to: 0.22, shape: cosine, until: 0.5}`; after training `to` holds.
+    """
+
+    to: float
+    start: float = 1.0
+    shape: str = "linear"
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fraction("prune.keep.from", self.start)
+        check_fraction("prune.keep.to", self.to)
+        check_fraction("prune.keep.until", self.until)
+        check_choice("prune.keep.shape", self.shape, SHAPES)
+
+    def at(self, progress: float) -> float:
+        """The target at training progress 0..1."""
+        done = min(max(progress / self.until, 0.0), 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.to - self.start) * done
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"from": self.start, "to": self.to, "shape": self.shape, "until": self.until}
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How tokens are chosen and how the model runs on the ones that stay.
+
+    Raises:
+        ValueError: a value outside its range, in one sentence.
+    """
+
+    method: str = "itprune"
+    """Name of a registered method; `itprune.methods()` lists them."""
+    keep: float | Schedule | None = 0.22
+    """Average fraction of visual tokens kept, averaged over the LLM's layers; None: the method's
+    own rule decides; a Schedule: moves with training progress. 1.0 is exactly the dense model."""
+    layout: str = "packed"
+    """packed: one row of all samples' tokens, no padding; padded: rows padded to the longest."""
+    label_only_logits: str = "pruned"
+    """Compute training logits at supervised positions only: while something is pruned, always,
+    never."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own options."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, Mapping):
+            object.__setattr__(self, "keep", _schedule(self.keep))
+        elif not isinstance(self.keep, Schedule):
+            check_fraction("prune.keep", self.keep)
+        check_choice("prune.layout", self.layout, LAYOUTS)
+        check_choice("prune.label_only_logits", self.label_only_logits, LABEL_ONLY_LOGITS)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruneConfig:
+        """Reads the flat form of YAML and pruner.json."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"prune: must be a mapping of options, got {values!r}")
+        common = {f.name for f in dataclasses.fields(cls)} - {"options"}
+        known = {k: v for k, v in values.items() if k in common}
+        if isinstance(known.get("keep"), str):
+            known["keep"] = _number("prune.keep", known["keep"])
+        for key in known.keys() - {"keep"}:
+            if not isinstance(known[key], str):
+                raise ValueError(f"prune.{key}: must be a name, got {known[key]!r}")
+        return cls(**known, options={k: v for k, v in values.items() if k not in common})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat form; `from_dict` gives an equal config back."""
+        keep = self.keep.to_dict() if isinstance(self.keep, Schedule) else self.keep
+        return {
+            "method": self.method,
+            "keep": keep,
+            "layout": self.layout,
+            "label_only_logits": self.label_only_logits,
+            **to_plain(dict(self.options)),
+        }
+
+    def replace(self, **changes: Any) -> PruneConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def keep_at(self, progress: float) -> float | None:
+        """The target at training progress 0..1; progress 1 is also inference."""
+        return self.keep.at(progress) if isinstance(self.keep, Schedule) else self.keep
+
+
+def _schedule(values: Mapping[str, Any]) -> Schedule:
+    renamed = {"start" if k == "from" else k: v for k, v in values.items()}
+    if "start" in values or "to" not in values:
+        raise ValueError("prune.keep: a schedule is written {from: 1.0, to: 0.22, shape: linear}")
+    return from_mapping(Schedule, renamed, "prune.keep")
+
+
+def _number(where: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where}: must be a fraction in (0, 1], got {text!r}") from None
