@@ -1,0 +1,58 @@
+"""Scores: how much a token matters, from one recomputed row block of one layer's q and k.
+
+No score forces eager attention on a model: only the wanted rows of softmax(q k^T) are computed,
+under no_grad, from the tensors the layer's own attention received. Legend: n images, H heads,
+T tokens of the encoder (CLS first where there is one), P patches, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention of CLS to the patches, mean over heads.
+
+    Args:
+        query: (n, H, T, d), CLS at index 0.
+        key: (n, H, T, d).
+        scale: softmax scale of the layer.
+
+    Returns:
+        (n, T - 1) float32; the CLS-to-CLS entry is left out without renormalising.
+    """
+    logits = (query[:, :, :1] @ key.transpose(-1, -2)).float() * scale
+    return torch.softmax(logits, -1)[:, :, 0, 1:].mean(1)
+
+
+@torch.no_grad()
+def cls_attention_full_width(query: Tensor, key: Tensor) -> Tensor:
+    """Attention of CLS to the patches as one head of the whole width, scale 1/sqrt(width).
+
+    The arithmetic PruMerge-style code uses. Shapes as in `cls_attention`.
+    """
+    q = query[:, :, :1].transpose(1, 2).flatten(2)  # (n, 1, H d)
+    k = key.transpose(1, 2).flatten(2)  # (n, T, H d)
+    logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    return torch.softmax(logits, -1)[:, 0, 1:]
+
+
+@torch.no_grad()
+def cls_cosine(hidden: Tensor) -> Tensor:
+    """Cosine of CLS and each patch: (n, T, D) hidden states -> (n, T - 1) float32."""
+    h = F.normalize(hidden.float(), dim=-1)
+    return (h[:, 1:] @ h[:, :1].transpose(1, 2))[..., 0]
+
+
+@torch.no_grad()
+def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Mean attention each token receives: the substitute where an encoder has no CLS.
+
+    Returns:
+        (n, T) float32.
+    """
+    logits = (query @ key.transpose(-1, -2)).float() * scale
+    return torch.softmax(logits, -1).mean((1, 2))
