@@ -18,7 +18,7 @@ largest group.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -27,8 +27,6 @@ from torch import Tensor
 
 from itprune.options import check_choice
 from itprune.ragged import pad_groups
-
-logger = logging.getLogger(__name__)
 
 FLAT = 1e-6
 """A curve whose range is below this fraction of its largest magnitude has no bend."""
@@ -118,15 +116,10 @@ def inflection_count(
     broken = broken.index_add(0, group, (~finite).long()) > 0
     usable = bent & ~broken
     if not bool((usable | (size <= 1)).all()):
-        _say_once("a score curve is constant or not finite: all its tokens are kept")
+        # Python shows a warning once for each place that raises it.
+        warnings.warn(
+            "a score curve is constant or not finite: all its tokens are kept", stacklevel=2
+        )
     count = RULES[rule](curve, filled, some, *([window] if rule == "derivative" else []))
     return torch.where(usable, count.clamp(min=1), size)
 
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)

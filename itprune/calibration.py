@@ -1,0 +1,107 @@
+"""Calibration: one scalar per stage that makes a rule's counts hit a target average.
+
+A rule decides how samples differ; the user decides how much is kept on average. `itprune calibrate`
+runs a few hundred images, records what the raw rule would have kept of each, and stores those
+fractions. Any later target is then one bisection away, so one calibration serves every budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_POINTS = 512
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the raw rule kept of each calibration sample."""
+
+    fraction: tuple[float, ...]
+    """Share of its tokens the raw rule keeps, one per sample."""
+    weight: tuple[float, ...]
+    """The sample's share of all tokens the rule chose from."""
+
+    def scale(self, target: float) -> float:
+        """The factor a with weighted mean of min(1, a * fraction) = target (0 < target <= 1)."""
+        fraction = torch.tensor(self.fraction, dtype=torch.float64)
+        weight = torch.tensor(self.weight, dtype=torch.float64)
+        weight = weight / weight.sum()
+        low, high = 0.0, 1.0 / max(float(fraction.min()), 1e-6)
+        for _ in range(60):
+            middle = (low + high) / 2
+            mean = float((weight * (middle * fraction).clamp(max=1.0)).sum())
+            low, high = (middle, high) if mean < target else (low, middle)
+        return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One curve per stage, by the stage's name ("stage1", "stage2.10"), and the rules behind it."""
+
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)
+    samples: int = 0
+
+    def scale(self, stage: str, rule: str, target: float) -> float | None:
+        """The scale for a stage, or None when this stage or rule was never calibrated."""
+        if self.rules.get(stage) != rule or stage not in self.curves:
+            return None
+        return self.curves[stage].scale(target)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "rules": dict(self.rules),
+            "curves": {
+                name: {"fraction": list(c.fraction), "weight": list(c.weight)}
+                for name, c in self.curves.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Raises ValueError when `values` is not what `to_dict` wrote."""
+        try:
+            return cls(
+                curves={
+                    str(name): Curve(tuple(map(float, c["fraction"])), tuple(map(float, c["weight"])))
+                    for name, c in values["curves"].items()
+                },
+                rules={str(k): str(v) for k, v in values["rules"].items()},
+                samples=int(values["samples"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"calibration: not a calibration record ({error!r})") from None
+
+
+class Recorder:
+    """Collects raw counts while a method runs over the calibration samples."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[float, float]]] = {}
+        self._rules: dict[str, str] = {}
+
+    def add(self, stage: str, rule: str, count: Tensor, of: Tensor) -> None:
+        """Notes raw `count` (G,) tokens kept `of` (G,) tokens."""
+        self._rules[stage] = rule
+        pairs = zip(count.tolist(), of.tolist(), strict=True)
+        self._seen.setdefault(stage, []).extend((c / n, float(n)) for c, n in pairs if n)
+
+    def finish(self) -> Calibration:
+        """Sorted by fraction and thinned to at most `MAX_POINTS`, so a checkpoint stays small."""
+        curves, samples = {}, 0
+        for stage, points in self._seen.items():
+            points = sorted(points)
+            samples = max(samples, len(points))
+            step = max(len(points) / MAX_POINTS, 1.0)
+            thin = [points[int(i * step)] for i in range(int(len(points) / step))]
+            fraction, weight = zip(*thin, strict=True)
+            curves[stage] = Curve(
+                tuple(round(f, 6) for f in fraction), tuple(round(w, 6) for w in weight)
+            )
+        return Calibration(curves, self._rules, samples)
