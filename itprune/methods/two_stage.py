@@ -182,7 +182,8 @@ class TwoStage(Method):
         """(G,) how many tokens of each group stay: the rule's count, scaled to the target."""
         target = self._target(stage)
         if rule == "topk":
-            assert target is not None
+            if target is None:
+                raise ValueError(f"prune.{stage}: the rule topk needs a keep value")
             fixed = target if isinstance(target, int) else (total * target).round()
             return torch.as_tensor(fixed, device=total.device).long().expand_as(total)
         raw = inflection_count(score, group, len(total), rule, window)

@@ -1,0 +1,133 @@
+"""Named attention implementations: the host's own kernel, plus packed rows and a tap.
+
+Registered through transformers' public interface under `itprune_<base>` and set on one model only.
+What a layer needs travels with its call as one keyword, so a recomputed layer (gradient
+checkpointing) sees exactly what it saw the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from itprune.engine.rows import Rows
+
+KEYWORD = "itprune_call"
+PREFIX = "itprune_"
+SUPPORTED = ("sdpa", "flash_attention_2", "flash_attention_3")
+
+Tap = Callable[[Tensor, Tensor, float], None]
+"""Receives query (B, H, L, d), key (B, H_kv, L, d) and the softmax scale of one layer."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention call carries: packed rows (None: the host's layout) and a tap."""
+
+    rows: Rows | None = None
+    tap: Tap | None = None
+
+
+def pruned_name(base: str) -> str:
+    """Registers (once) and returns the implementation that wraps `base`.
+
+    Raises:
+        ValueError: an attention implementation that cannot be wrapped.
+    """
+    if base not in SUPPORTED:
+        raise ValueError(
+            f"attention implementation {base!r} is not supported; load the model with "
+            f"attn_implementation set to one of: {', '.join(SUPPORTED)}"
+        )
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _wrap(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    host = ALL_ATTENTION_FUNCTIONS[base]
+    varlen_by_host = "flash" in base
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        call: AttentionCall = kwargs.pop(KEYWORD, None) or AttentionCall()
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if call.tap is not None:
+            call.tap(query.detach(), key.detach(), scale)
+        if call.rows is not None and not varlen_by_host:
+            return packed_attention(query, key, value, call.rows, scale, dropout), None
+        if call.rows is not None:
+            attention_mask, longest = None, max(call.rows.lens_list)
+            kwargs.update(
+                cu_seq_lens_q=call.rows.offsets,
+                cu_seq_lens_k=call.rows.offsets,
+                max_length_q=longest,
+                max_length_k=longest,
+            )
+        return host(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+
+    return attention
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, dropout: float
+) -> Tensor:
+    """Causal attention within each sample of a packed row: sum(n_i^2) work, no N x N mask.
+
+    Args:
+        query: (1, H, N, d).
+        key, value: (1, H_kv, N, d).
+
+    Returns:
+        (1, N, H, d).
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and dropout == 0.0:
+        return _varlen_kernel(query, key, value, rows, scale)
+    grouped = query.shape[1] != key.shape[1]
+    parts = zip(*(t.split(rows.lens_list, dim=2) for t in (query, key, value)), strict=True)
+    out = [
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
+        for q, k, v in parts
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
+    """torch's own variable-length flash kernel: no flash-attn package needed."""
+    from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of some versions
+
+    longest = max(rows.lens_list)
+    out = varlen_attn(
+        *(t[0].transpose(0, 1) for t in (query, key, value)),
+        rows.offsets,
+        rows.offsets,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None]

@@ -1,0 +1,137 @@
+"""A KV-cache layer that stores kept tokens only and reports virtual lengths to the outside.
+
+transformers asks a cache how long the sequence is (masks, positions, slicing of the prompt); it
+gets the virtual answer, while keys and values hold the physical entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from itprune.engine.rows import Rows
+
+
+class PrunedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values (B, H, L, d) of kept tokens, with where each stands.
+
+    Attributes:
+        position: (B, L) virtual position of each entry.
+        filled: (B, L) False for alignment pads.
+        virtual_length: what `get_seq_length` reports.
+        aligned: True while no pad was ever stored: decoding then needs no mask and no sync.
+    """
+
+    def __init__(self, is_sliding: bool = False) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding
+        self._forget()
+
+    def _forget(self) -> None:
+        self.position: Tensor | None = None
+        self.filled: Tensor | None = None
+        self.virtual_length = 0
+        self.aligned = True
+        self._coming: Rows | None = None
+
+    def expect(self, rows: Rows) -> None:
+        """Announces that the next `update` brings these rows of a call of length `rows.length`."""
+        self._coming = rows
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the entries; returns what the layer attends to (packed rows: themselves)."""
+        rows, self._coming = self._coming, None
+        if rows is None:
+            samples, length = key.shape[0], key.shape[-2]
+            position = torch.arange(length, device=key.device).expand(samples, length)
+            self._note(position, torch.ones_like(position, dtype=torch.bool), length)
+            return super().update(key, value)
+        self.aligned &= rows.aligned
+        self._note(rows.table, rows.filled, rows.length)
+        if not rows.packed:
+            return super().update(key, value)
+        super().update(*(rows.pad(t[0].transpose(0, 1)).transpose(1, 2) for t in (key, value)))
+        return key, value
+
+    def _note(self, position: Tensor, filled: Tensor, length: int) -> None:
+        position = position + self.virtual_length
+        if self.position is not None and self.filled is not None:
+            position = torch.cat([self.position, position], 1)
+            filled = torch.cat([self.filled, filled], 1)
+        self.position, self.filled = position, filled
+        self.virtual_length += length
+
+    def get_seq_length(self) -> int:
+        return self.virtual_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.virtual_length + query_length, 0
+
+    def entries(self) -> Tensor:
+        """(B,) entries really stored for each sample."""
+        assert self.filled is not None
+        return self.filled.sum(1)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.position is not None and self.filled is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+            self.position, self.filled = change(self.position), change(self.filled)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens of the virtual sequence (negative count; a positive one is the
+        length to keep, as older transformers ask)."""
+        length = self.virtual_length
+        left = length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
+        if tokens_to_remove == 0 or left >= length or self.position is None or self.filled is None:
+            return
+        stays = (self.position < left) & self.filled
+        width = int(stays.sum(1).max())  # entries are ascending, so what stays is on the left
+        self.keys, self.values = self.keys[..., :width, :], self.values[..., :width, :]
+        self.position, self.filled = self.position[:, :width], stays[:, :width]
+        self.aligned &= bool(self.filled.all())
+        self.virtual_length = left
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+
+def adopt_layers(cache: Cache, start: int, depth: int) -> None:
+    """Replaces the dynamic layers `start`.. of a cache by pruned ones, entries included.
+
+    Raises:
+        ValueError: a cache that cannot hold a different number of tokens per layer.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < depth:
+            cache.layers.append(cache.layer_class_to_replicate())
+    for index in range(start, depth):
+        old = cache.layers[index]
+        if isinstance(old, PrunedLayer):
+            continue
+        if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"token pruning needs a dynamic KV cache, got {type(old).__name__}; "
+                "leave cache_implementation unset"
+            )
+        new = PrunedLayer(old.is_sliding)
+        if old.is_initialized and old.get_seq_length() > 0:
+            if old.is_sliding:
+                raise ValueError("token pruning cannot take over a sliding cache that is in use")
+            new.update(old.keys, old.values)
+        cache.layers[index] = new
