@@ -69,7 +69,9 @@ class Calibration:
         try:
             return cls(
                 curves={
-                    str(name): Curve(tuple(map(float, c["fraction"])), tuple(map(float, c["weight"])))
+                    str(name): Curve(
+                        tuple(map(float, c["fraction"])), tuple(map(float, c["weight"]))
+                    )
                     for name, c in values["curves"].items()
                 },
                 rules={str(k): str(v) for k, v in values["rules"].items()},

@@ -122,4 +122,3 @@ def inflection_count(
         )
     count = RULES[rule](curve, filled, some, *([window] if rule == "derivative" else []))
     return torch.where(usable, count.clamp(min=1), size)
-

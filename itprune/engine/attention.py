@@ -117,7 +117,9 @@ def packed_attention(
 
 def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
     """torch's own variable-length flash kernel: no flash-attn package needed."""
-    from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of some versions
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # absent from CPU-only builds of some versions
+    )
 
     longest = max(rows.lens_list)
     out = varlen_attn(

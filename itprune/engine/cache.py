@@ -24,6 +24,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         filled: (B, L) False for alignment pads.
         virtual_length: what `get_seq_length` reports.
         aligned: True while no pad was ever stored: decoding then needs no mask and no sync.
+        history: where the rows of each pruned call began: layers with an equal history hold the
+            same tokens and can share a mask.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
@@ -36,13 +38,17 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         self.filled: Tensor | None = None
         self.virtual_length = 0
         self.aligned = True
+        self.history: tuple[int, ...] = ()
         self._coming: Rows | None = None
 
-    def expect(self, rows: Rows) -> None:
-        """Announces that the next `update` brings these rows of a call of length `rows.length`."""
+    def expect(self, rows: Rows, start: int) -> None:
+        """Announces that the next `update` brings `rows`, shared by all layers from `start` on."""
         self._coming = rows
+        self.history = (*self.history, start)
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Stores the entries; returns what the layer attends to (packed rows: themselves)."""
         rows, self._coming = self._coming, None
         if rows is None:
@@ -134,4 +140,5 @@ def adopt_layers(cache: Cache, start: int, depth: int) -> None:
             if old.is_sliding:
                 raise ValueError("token pruning cannot take over a sliding cache that is in use")
             new.update(old.keys, old.values)
+            new.aligned = False  # the entries may include the host's padding
         cache.layers[index] = new

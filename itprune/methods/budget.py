@@ -8,6 +8,8 @@ of what the one before it kept: 33 % into the LLM and 11 % after half of the lay
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 LATER_SHARE = 1 / 3
 
 
@@ -29,7 +31,7 @@ def split_keep(
         ValueError: the named fractions leave nothing for the open ones.
     """
     edges = (0, *(k + 1 for k in layers), depth)
-    lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(edges)]
     if all(f is not None for f in fixed):
         return tuple(float(f) for f in fixed if f is not None)
     low, high = 0.0, 3.0 ** len(lengths)
@@ -52,7 +54,7 @@ def split_keep(
 
 
 def _fractions(first: float, fixed: tuple[float | None, ...]) -> tuple[float, ...]:
-    """The open fractions when the first open stage aims at `first`; none exceeds its predecessor."""
+    """All fractions when the first open stage aims at `first`; none exceeds the one before."""
     out: list[float] = []
     aim = first
     for share in fixed:

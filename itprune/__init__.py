@@ -1,0 +1,25 @@
+"""itprune: fine-tune and run multimodal LLMs on the tokens that matter."""
+
+from itprune.attach import Attached, attach, calibrate
+from itprune.calibration import Calibration
+from itprune.config import PruneConfig, Schedule
+from itprune.families import families
+from itprune.methods import methods, register_method
+from itprune.prompt import PromptFormat
+from itprune.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attached",
+    "Calibration",
+    "PromptFormat",
+    "PruneConfig",
+    "Report",
+    "Schedule",
+    "attach",
+    "calibrate",
+    "families",
+    "methods",
+    "register_method",
+]

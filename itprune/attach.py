@@ -1,0 +1,195 @@
+"""attach(model, config): switch token pruning on for a stock transformers model, and off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from itprune.calibration import Calibration, Recorder
+from itprune.config import PruneConfig
+from itprune.engine import Engine
+from itprune.families import find_family
+from itprune.methods import build_method
+from itprune.methods.base import Method
+from itprune.prompt import PromptFormat
+from itprune.report import Report, Totals
+
+
+class Attached:
+    """A pruner at work inside a model. Also a context manager that detaches on exit."""
+
+    def __init__(self, engine: Engine, config: PruneConfig) -> None:
+        self._engine = engine
+        self.config = config
+
+    @property
+    def method(self) -> Method:
+        return self._engine.method
+
+    @property
+    def prompt(self) -> PromptFormat:
+        return self._engine.prompt
+
+    @property
+    def report(self) -> Report | None:
+        """What the last forward with images kept; None before the first pruned one."""
+        return self._engine.report
+
+    @property
+    def totals(self) -> Totals:
+        """Running sums since `totals.reset()`."""
+        return self._engine.totals.collect()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.method.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self.method.calibration = calibration
+
+    @property
+    def keep(self) -> float | None:
+        """The target in force; None: the method's own rule decides."""
+        return self.method.keep
+
+    def set_keep(self, keep: float | None) -> None:
+        """Changes the target: a fraction in (0, 1], or None.
+
+        Raises:
+            ValueError: outside that range.
+        """
+        self.method.keep = self.config.replace(keep=keep).keep_at(1.0)
+
+    def set_progress(self, progress: float) -> None:
+        """Moves a scheduled `keep` to training progress 0..1."""
+        self.method.keep = self.config.keep_at(progress)
+
+    def detach(self) -> None:
+        """Gives the model back exactly as it was."""
+        self._engine.detach()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, whether PEFT wraps it or not.
+
+    Raises:
+        ValueError: neither a transformers nor a PEFT model.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(f"attach needs a transformers or PEFT model, got {type(model).__name__}")
+    return inner
+
+
+def attach(
+    model: nn.Module,
+    config: PruneConfig | None = None,
+    *,
+    prompt: PromptFormat | None = None,
+    calibration: Calibration | None = None,
+) -> Attached:
+    """Puts a pruner inside a model's forward; everything else about the model stays.
+
+    Args:
+        model: a supported transformers model, PEFT-wrapped or not (wrap first, then attach).
+        config: what to prune; the default keeps 22 %.
+        prompt: the chat template's tokens (`PromptFormat.from_processor`); without it instruction
+            text is told from answers by the labels and only special tokens are protected.
+        calibration: what `calibrate` returned, so that `keep` is met on average.
+
+    Raises:
+        ValueError: unknown family, method or option; a layer beyond the depth; attached already.
+    """
+    config = config or PruneConfig()
+    inner = base_model(model)
+    family = find_family(inner)
+    method = build_method(config.method, config.options, len(family.text_model.layers))
+    method.calibration = calibration
+    method.keep = config.keep_at(0.0 if model.training else 1.0)
+    prompt = prompt or PromptFormat(_special_ids(inner))
+    return Attached(Engine(inner, family, method, config, prompt), config)
+
+
+def _special_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    text = model.config.get_text_config()
+    ids: set[int] = set()
+    for value in (text.bos_token_id, text.eos_token_id, text.pad_token_id):
+        ids.update([] if value is None else value if isinstance(value, list) else [value])
+    return tuple(sorted(ids))
+
+
+@torch.no_grad()
+def calibrate(
+    attached: Attached, batches: Iterable[Mapping[str, Any]], limit: int = 256
+) -> Calibration:
+    """Measures what the raw rule keeps, so that the `keep` in force is met on average.
+
+    Stages are calibrated in the order they act, each while the earlier ones already meet their
+    target; `batches` is therefore gone through once per stage.
+
+    Args:
+        attached: an attached model; its `calibration` is set.
+        batches: collated model inputs; at most `limit` rows are read.
+        limit: rows to use.
+
+    Raises:
+        ValueError: no batch had an image, or the method has nothing to calibrate.
+    """
+    stages = attached.method.calibration_stages()
+    if not stages:
+        raise ValueError(f"method {attached.config.method!r} has nothing to calibrate")
+    rows = _first_rows(batches, limit)
+    engine, method = attached._engine, attached.method
+    model = engine.family.model
+    was_training, before = model.training, engine.report
+    model.eval()
+    totals, engine.totals = engine.totals, Totals()
+    try:
+        method.calibration = None
+        for _ in stages:
+            method.recorder = Recorder()
+            for batch in rows:
+                _forward(model, batch)
+            method.calibration = method.recorder.finish()
+    finally:
+        method.recorder, engine.totals, engine.report = None, totals, before
+        model.train(was_training)
+    if set(method.calibration.curves) < set(stages):
+        raise ValueError("calibration needs samples with images, and found none")
+    return method.calibration
+
+
+def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    rows, count = [], 0
+    for batch in batches:
+        if batch.get("pixel_values") is None:
+            continue
+        rows.append(batch)
+        count += len(batch["input_ids"])
+        if count >= limit:
+            break
+    return rows
+
+
+def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    device = model.device
+    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+    model(**inputs, use_cache=False, logits_to_keep=1)

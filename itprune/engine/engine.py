@@ -1,0 +1,285 @@
+"""Engine: the removable hooks that put a method inside a stock model's forward.
+
+    model(…)                        request: tokens, labels; label-only logits
+      vision tower                  q, k and output of the feature block are tapped
+      projector                     stage 1: only kept features are projected
+      text model                    a Context is opened; it travels with the call
+        layer 0 … depth - 1         short hidden states, rotary tables, mask; stage 2 in between
+        last layer                  rows are scattered back to (B, S, D)
+      lm_head                       runs at supervised positions only (training)
+
+No forward is copied, no class is touched; `detach` removes every hook and restores the attention
+implementation's name.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from itprune.config import PruneConfig
+from itprune.engine.attention import PREFIX, pruned_name
+from itprune.engine.cache import PrunedLayer
+from itprune.engine.context import CONTEXT, Context, Sequence
+from itprune.engine.request import Request
+from itprune.engine.rows import Rows
+from itprune.engine.vision import VisionPass, pixels_of
+from itprune.families.base import Family
+from itprune.methods.base import Method
+from itprune.prompt import PromptFormat
+from itprune.report import Report, Totals
+
+
+class Engine:
+    """Owns the hooks on one model and the two short-lived records between them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        method: Method,
+        config: PruneConfig,
+        prompt: PromptFormat,
+    ) -> None:
+        _refuse_second(model)
+        self.family, self.method, self.config, self.prompt = family, method, config, prompt
+        self.report: Report | None = None
+        self.totals = Totals()
+        self._text = family.text_model
+        self._depth = len(self._text.layers)
+        self._sliding = _slides(self._text.config)
+        self._request: Request | None = None
+        self._vision: VisionPass | None = None
+        self._handles: list[RemovableHandle] = []
+        self._attention = self._rename_attention()
+        self._install(model)
+
+    # ------------------------------------------------------------------------ attach, detach
+    def _rename_attention(self) -> list[tuple[Any, str]]:
+        """Puts our named attention on tower and text model; returns what to restore."""
+        configs = {id(m.config): m.config for m in (self._text, self.family.tower)}
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        named = [(config, pruned_name(name)) for config, name in before]  # raises before changing
+        for config, name in named:
+            config._attn_implementation = name
+        return before
+
+    def _install(self, model: PreTrainedModel) -> None:
+        family, layers = self.family, self._text.layers
+        pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
+        post = nn.Module.register_forward_hook
+        head = model.get_output_embeddings()
+        self._handles += [
+            pre(model, self._open_request),
+            post(model, self._close_request, always_call=True),
+            pre(head, self._before_head),
+            pre(family.tower, self._open_vision),
+            pre(family.feature_attention, self._before_feature_attention),
+            post(family.feature_block, self._after_feature_block),
+            pre(family.projector, self._before_projector),
+            post(family.projector, self._after_projector),
+            pre(self._text, self._open_context),
+            post(self._text, self._close_context, with_kwargs=True, always_call=True),
+            post(layers[-1], self._after_last_layer, with_kwargs=True),
+        ]
+        for index, layer in enumerate(layers):
+            hook = functools.partial(self._before_layer, index)
+            self._handles.append(pre(layer, hook))
+
+    def detach(self) -> None:
+        """Removes every hook; the model is what it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for config, name in self._attention:
+            config._attn_implementation = name
+        self._attention.clear()
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    # ------------------------------------------------------------------------ whole model
+    def _open_request(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        request = Request.read(args, kwargs)
+        wanted = self.config.label_only_logits
+        active = not self.method.idle and request.has_images
+        if model.training and (wanted == "always" or (wanted == "pruned" and active)):
+            kwargs = request.label_only(kwargs)
+        if model.training and not request.has_images and _many_ranks():
+            request.blank = self._blank_features(model)
+        self._request = request
+        return args, kwargs
+
+    def _blank_features(self, model: Any) -> Tensor:
+        """Runs tower and projector on a blank image: ranks whose batch is all text stay in step."""
+        features = model.get_image_features(**self.family.blank_image(), return_dict=True)
+        return torch.cat(list(features.pooler_output)).sum() * 0.0
+
+    def _close_request(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._request = None
+
+    def _before_head(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        request = self._request
+        if request is None or request.head_mask is None:
+            return None
+        return (args[0][request.head_mask], *args[1:]), kwargs
+
+    # ------------------------------------------------------------------------ vision
+    def _open_vision(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._vision = None
+        if self.method.idle or not self.method.acts_before_llm:
+            return
+        pixels = pixels_of(args, kwargs)
+        self._vision = VisionPass(self.family, pixels, self._protected_visual())
+
+    def _protected_visual(self) -> Tensor | None:
+        request = self._request
+        if request is None or request.ids is None or not request.has_images:
+            return None
+        sequence = self._sequence(request, tuple(request.ids.shape), request.ids.device)
+        return sequence.protected[sequence.visual]
+
+    def _before_feature_attention(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._vision is None or not self._vision.open:
+            return None
+        return args, {**kwargs, **self._vision.attention_kwargs()}
+
+    def _after_feature_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._vision is not None:
+            self._vision.block_output(output)
+
+    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._vision is None:
+            return None
+        return (self._vision.shorten(args[0], self.method), *args[1:]), kwargs
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        vision, self._vision = self._vision, None
+        return None if vision is None else vision.restore(output)
+
+    # ------------------------------------------------------------------------ text model
+    def _open_context(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        request, embeds = self._request, kwargs.get("inputs_embeds")
+        if request is None or embeds is None:
+            return None
+        if request.blank is not None:
+            kwargs = {**kwargs, "inputs_embeds": embeds + request.blank.to(embeds.dtype)}
+        active = request.has_images and not self.method.idle
+        cache = kwargs.get("past_key_values")
+        if not active and not _is_pruned(cache):
+            return args, kwargs
+        kwargs = {**kwargs, **self._cache_kwargs(kwargs)}
+        context = self._context(request, kwargs, active)
+        if context.first is not None and context.plain and context.past == 0:
+            # Rows carry the padding already: spare the host its S x S mask.
+            kwargs["attention_mask"] = torch.ones_like(context.sequence.valid, dtype=torch.long)
+        return args, {**kwargs, CONTEXT: context}
+
+    def _cache_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The cache, made early so that its layers can be replaced; none while training."""
+        if kwargs.get("past_key_values") is not None:
+            return {}
+        if self._text.training or kwargs.get("use_cache") is False:
+            return {"use_cache": False}
+        wanted = kwargs.get("use_cache")
+        if not (self._text.config.use_cache if wanted is None else wanted):
+            return {}
+        return {"past_key_values": DynamicCache(config=self._text.config)}
+
+    def _context(self, request: Request, kwargs: dict[str, Any], active: bool) -> Context:
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        plain = not self._sliding and (
+            mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        )
+        sequence = self._sequence(request, tuple(embeds.shape[:2]), embeds.device)
+        packed = self.config.layout == "packed" and plain and past == 0
+        return Context(
+            sequence=sequence,
+            depth=self._depth,
+            past=past,
+            plain=plain,
+            cache=cache,
+            flash="flash" in self._text.config._attn_implementation,
+            method=self.method if active else None,
+            first=_filled_rows(embeds, sequence, packed) if active else None,
+            packed=packed,
+        )
+
+    def _sequence(self, request: Request, shape: tuple[int, ...], device: Any) -> Sequence:
+        samples, length = shape
+        return request.sequence(
+            (samples, length), device, self.family.visual_token_ids, self.prompt
+        )
+
+    def _close_context(self, text: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        context: Context | None = kwargs.get(CONTEXT)
+        report = context.close() if context is not None else None
+        if report is not None:
+            self.report = report
+            self.totals.add(report)
+
+    def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        context: Context | None = kwargs.get(CONTEXT)
+        if context is None:
+            return None
+        changed = context.before_layer(index, args[0], kwargs)
+        return None if changed is None else ((changed[0], *args[1:]), changed[1])
+
+    def _after_last_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        context: Context | None = kwargs.get(CONTEXT)
+        if context is None:
+            return None
+        if isinstance(output, tuple):
+            return (context.after_last(output[0]), *output[1:])
+        return context.after_last(output)
+
+
+def _filled_rows(embeds: Tensor, sequence: Sequence, packed: bool) -> Rows | None:
+    """What layer 0 runs on: no padding, no visual slot that stage 1 left empty (all zeros).
+
+    Raises:
+        ValueError: a slot that must stay is empty.
+    """
+    keep = sequence.valid.clone()
+    visual = sequence.visual
+    keep[visual] = (embeds.detach()[visual] != 0).any(-1)
+    if bool(keep.all()):
+        return None
+    if bool((sequence.protected & sequence.valid & ~keep).any()):
+        raise ValueError("a prompt ends with an image; put some text behind it")
+    token = keep.reshape(-1).nonzero()[:, 0]
+    return Rows(token, *keep.shape, packed=packed)
+
+
+def _is_pruned(cache: Any) -> bool:
+    return isinstance(cache, Cache) and any(isinstance(x, PrunedLayer) for x in cache.layers)
+
+
+def _slides(config: PreTrainedConfig) -> bool:
+    """Some layers attend to less than the whole past, so their masks carry more than causality."""
+    types = config.to_dict().get("layer_types") or ()
+    return any(kind != "full_attention" for kind in types)
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _refuse_second(model: PreTrainedModel) -> None:
+    owners = (h.__self__ for h in model._forward_pre_hooks.values() if isinstance(h, MethodType))
+    if any(isinstance(owner, Engine) for owner in owners):
+        raise ValueError("this model is attached already; detach() it first")
+
+
+__all__ = ["PREFIX", "Engine"]

@@ -1,0 +1,113 @@
+"""What only the outermost call knows: the tokens, the labels, whether there are images.
+
+Also label-only logits: in training the head runs at supervised positions alone, which is what
+turns dropped tokens into time once hidden states are scattered back to full length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itprune.engine.context import Sequence
+from itprune.prompt import PromptFormat
+
+IGNORE = -100
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass
+class Request:
+    """One call of the whole model."""
+
+    ids: Tensor | None
+    """(B, S) input ids."""
+    targets: Tensor | None
+    """(B, S) what each position should predict, -100 where nothing."""
+    padding_mask: Tensor | None
+    """(B, past + S) 2-D attention mask."""
+    has_images: bool
+    head_mask: Tensor | None = None
+    """(B, S) positions the head computes; None: as the host says."""
+    blank: Tensor | None = None
+    """Zero-weight features of a blank image, added so that every rank runs every module."""
+
+    @classmethod
+    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        labels, targets = kwargs.get("labels"), kwargs.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
+        mask = kwargs.get("attention_mask")
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        pixels = any(kwargs.get(name) is not None for name in PIXELS)
+        if ids is None and pixels:
+            raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
+        return cls(
+            ids=ids,
+            targets=targets,
+            padding_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            # Placeholder ids alone are not enough: a model may generate them while decoding.
+            has_images=pixels or any(v is not None for v in encoded.values()),
+        )
+
+    def label_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Asks for logits at supervised positions only; (M, vocab) in row-major order."""
+        wanted = kwargs.get("logits_to_keep", 0)
+        if kwargs.get("labels") is None or self.targets is None or not isinstance(wanted, int):
+            return kwargs
+        mask = self.targets != IGNORE
+        if wanted != 0 or not bool(mask.any()):
+            return kwargs
+        self.head_mask = mask
+        return {**kwargs, "shift_labels": self.targets[mask]}
+
+    def sequence(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        visual_ids: tuple[int, ...],
+        prompt: PromptFormat,
+    ) -> Sequence:
+        """The facts about each of the (B, S) positions."""
+        samples, length = shape
+        place = torch.arange(length, device=device).expand(samples, -1)
+        blank = torch.zeros(shape, dtype=torch.bool, device=device)
+        mask = self.padding_mask
+        valid = ~blank if mask is None else mask[:, -length:].bool().to(device)
+        if self.ids is None or self.ids.shape[1] < length:
+            return Sequence(valid, blank, blank, blank, blank, mask)
+        ids = self.ids[:, -length:]
+        visual = torch.isin(ids, torch.tensor(visual_ids, device=device)) & valid
+        supervised = blank if self.targets is None else self.targets != IGNORE
+        supervised = supervised | F.pad(supervised, (1, 0))[:, :-1]  # labels and their predictors
+        last = (valid * (place + 1)).argmax(1)
+        protected = prompt.protected(ids) & ~visual | supervised
+        protected = protected.scatter(1, last[:, None], True)
+        end = self._first_answer(ids, prompt, last)
+        instruction = valid & ~visual & (place < end[:, None])
+        return Sequence(
+            valid, visual, protected, instruction, _asks(visual, instruction, end), mask
+        )
+
+    def _first_answer(self, ids: Tensor, prompt: PromptFormat, last: Tensor) -> Tensor:
+        """(B,) where the first assistant turn begins: by template, by labels, or the end."""
+        end = torch.minimum(prompt.first_answer(ids), last + 1)
+        if self.targets is None or prompt.assistant_prefix:
+            return end
+        predicts = self.targets != IGNORE
+        first = torch.where(predicts.any(1), predicts.int().argmax(1) + 1, last + 1)
+        return torch.minimum(end, first)
+
+
+def _asks(visual: Tensor, instruction: Tensor, end: Tensor) -> Tensor:
+    """Instruction tokens after the first visual token; the last prompt token when there is none."""
+    seen = visual.int().cumsum(1) > 0
+    asks = instruction & seen
+    none = ~asks.any(1)
+    fallback = torch.zeros_like(asks).scatter(1, (end - 1).clamp(min=0)[:, None], True)
+    return asks | (fallback & none[:, None])

@@ -1,0 +1,55 @@
+"""Registry of families. A new architecture is one file with one `@register_family("model_type")`.
+
+`model_type` is what transformers writes into config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from itprune.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REGISTRY: dict[str, type[Family]] = {}
+
+
+def register_family(model_type: str) -> Callable[[type[Family]], type[Family]]:
+    """Registers a `Family` subclass; works from outside the package.
+
+    Raises:
+        ValueError: the model type is taken.
+    """
+
+    def register(cls: type[Family]) -> type[Family]:
+        if model_type in _REGISTRY:
+            raise ValueError(f"family {model_type!r} is already taken by {_REGISTRY[model_type]!r}")
+        _REGISTRY[model_type] = cls
+        return cls
+
+    return register
+
+
+def families() -> tuple[str, ...]:
+    """Model types we can attach to."""
+    return tuple(sorted(_REGISTRY))
+
+
+def find_family(model: PreTrainedModel) -> Family:
+    """The adapter for a model.
+
+    Raises:
+        ValueError: an architecture we do not know.
+    """
+    model_type = model.config.model_type
+    if model_type not in _REGISTRY:
+        raise ValueError(
+            f"model family {model_type!r} is not supported; supported: {', '.join(families())}"
+        )
+    return _REGISTRY[model_type](model)
+
+
+# Importing a family's file registers it.
+from itprune.families import llava  # noqa: E402, F401

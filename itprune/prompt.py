@@ -1,0 +1,72 @@
+"""PromptFormat: the two facts about a chat template the pruner needs.
+
+Template and special tokens are never dropped, and the instruction of a sample ends where the first
+assistant turn begins, so that a later turn cannot decide what an earlier one may see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Token ids of a chat template."""
+
+    protected_ids: tuple[int, ...] = ()
+    """Special tokens and every token of the empty template."""
+    assistant_prefix: tuple[int, ...] = ()
+    """What stands right before an answer, e.g. the tokens of "ASSISTANT:"."""
+
+    @classmethod
+    def from_processor(cls, processor: ProcessorMixin) -> PromptFormat:
+        """Reads both from a processor's tokenizer and chat template."""
+        tokenizer = processor.tokenizer
+        special = set(tokenizer.all_special_ids)
+        if not processor.chat_template:
+            return cls(tuple(sorted(special)))
+        probe = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+        render = processor.apply_chat_template
+        asked = render(probe, tokenize=False, add_generation_prompt=False)
+        prompted = render(probe, tokenize=False, add_generation_prompt=True)
+        encode = tokenizer.encode
+        template = encode(prompted, add_special_tokens=False)
+        prefix = encode(prompted[len(asked) :].strip(), add_special_tokens=False)
+        return cls(tuple(sorted(special | set(template))), tuple(prefix))
+
+    def protected(self, ids: Tensor) -> Tensor:
+        """(B, S) ids -> (B, S) bool: special and template tokens."""
+        if not self.protected_ids:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return torch.isin(ids, torch.tensor(self.protected_ids, device=ids.device))
+
+    def first_answer(self, ids: Tensor) -> Tensor:
+        """(B, S) ids -> (B,) where the first assistant turn's text begins; S when there is none."""
+        length, width = ids.shape[1], len(self.assistant_prefix)
+        none = torch.full((len(ids),), length, device=ids.device)
+        if not width or width > length:
+            return none
+        prefix = torch.tensor(self.assistant_prefix, device=ids.device)
+        hit = (ids.unfold(1, width, 1) == prefix).all(-1)
+        return torch.where(hit.any(1), hit.int().argmax(1) + width, none)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "protected_ids": list(self.protected_ids),
+            "assistant_prefix": list(self.assistant_prefix),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptFormat:
+        return cls(
+            tuple(int(i) for i in values["protected_ids"]),
+            tuple(int(i) for i in values["assistant_prefix"]),
+        )
