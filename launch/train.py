@@ -1,0 +1,71 @@
+"""Train from a recipe, under any launcher.
+
+    python launch/train.py configs/quickstart.yaml
+    deepspeed launch/train.py configs/lora_pruned.yaml trainer.max_steps=100
+    accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py CONFIG
+
+A run whose output folder holds a checkpoint of the same recipe goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# A launcher puts this file's folder first on the path, where `train` would be this very file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="recipe, a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="demand a checkpoint to go on from; without it a run looks for one",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="validate the recipe, print it resolved and stop"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; returns the exit status, 2 for an error the user can put right."""
+    options = make_parser().parse_intermixed_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from train.config import load_recipe
+        from train.launcher import read_launch
+
+        launch = read_launch(options.local_rank)
+        recipe = load_recipe(options.config, options.overrides)
+        if options.check:
+            print(recipe.to_yaml(), end="")
+            return 0
+        from train.run import run
+
+        run(recipe, launch, options.resume)
+    except ValueError as error:
+        if options.traceback:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

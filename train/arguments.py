@@ -1,0 +1,142 @@
+"""The `trainer` section: transformers' TrainingArguments, names unchanged, checked before the run.
+
+`check_trainer` works on names and types alone, so a recipe is validated without a device;
+`training_arguments` adds the defaults that this project needs and builds the real object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXED = {
+    "remove_unused_columns": "the collator already makes exactly what the model takes",
+    "label_names": "labels are always called `labels`",
+    "resume_from_checkpoint": "use --resume",
+    "local_rank": "the launcher sets it",
+}
+RENAMED = {"gradient_checkpointing": "activation_checkpointing"}
+RENAMED |= {f"{old}_kwargs": f"{new}_kwargs" for old, new in RENAMED.items()}
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def check_trainer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and types of the section; numbers written as 1e-4 become numbers.
+
+    Raises:
+        ValueError: unknown name (with the nearest valid one) or a value of the wrong type.
+    """
+    known = _types()
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in FIXED:
+            raise ValueError(f"trainer.{name}: is not an option here: {FIXED[name]}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known.keys() - FIXED.keys(), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
+            raise ValueError(f"trainer.{name}: unknown option {name!r}; {hint}")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # YAML 1.1 reads an unquoted `no` as false
+        checked[name] = _convert(f"trainer.{name}", value, known[name])
+    return checked
+
+
+def _convert(where: str, value: Any, kind: Any) -> Any:
+    members = _members(kind)
+    if value is None and type(None) in members:
+        return None
+    if isinstance(value, str) and str not in members:
+        value = _number(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and float in members:
+        return value
+    if number and int in members and float(value).is_integer():
+        return int(value)
+    if type(value) in members:
+        return value
+    wanted = sorted({m.__name__ for m in members if m is not type(None)})
+    raise ValueError(f"{where}: must be {' or '.join(wanted)}, got {value!r}")
+
+
+def _members(kind: Any) -> set[type]:
+    """The plain types a field accepts: unions flattened, enums as their text."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        return set().union(*(_members(part) for part in typing.get_args(kind)))
+    if origin is typing.Literal:
+        return {type(choice) for choice in typing.get_args(kind)}
+    plain = origin or kind
+    if isinstance(plain, type) and issubclass(plain, Enum):
+        return {str}
+    return {plain}
+
+
+def _number(text: str) -> float | str:
+    """YAML 1.1 leaves numbers such as 1e-4 as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def training_arguments(trainer: Mapping[str, Any], workers: int, **changes: Any) -> Any:
+    """Builds TrainingArguments: our defaults, then the section, then `changes`.
+
+    Args:
+        trainer: the checked section.
+        workers: `data.workers`, unless the section names `dataloader_num_workers` itself.
+        changes: what the launch decides (the DeepSpeed file).
+
+    Raises:
+        ValueError: transformers refuses a value or a combination.
+    """
+    from transformers import TrainingArguments
+
+    values: dict[str, Any] = {
+        "logging_steps": 10,
+        "report_to": "tensorboard",
+        "dataloader_num_workers": workers,
+        "use_cpu": on_cpu(trainer),
+        "prediction_loss_only": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,
+    }
+    values |= {**trainer, **changes, "remove_unused_columns": False, "label_names": ["labels"]}
+    for old, new in RENAMED.items():
+        if new in _types() and old in values:
+            values.setdefault(new, values.pop(old))
+    values["output_dir"] = str(Path(values["output_dir"]).expanduser())
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def on_cpu(trainer: Mapping[str, Any]) -> bool:
+    """Whether the run uses the CPU: as the section says, else where there is no accelerator."""
+    import torch
+
+    return bool(trainer.get("use_cpu", not torch.accelerator.is_available()))
+
+
+def find_file(name: str) -> Path | None:
+    """`name` relative to the working directory, else to the project's root."""
+    for path in (Path(name).expanduser(), ROOT / name):
+        if path.is_file():
+            return path
+    return None

@@ -1,0 +1,84 @@
+"""BadSamples: what training skipped, counted once per sample over all ranks.
+
+Batches carry the bad samples met while they were read. They are put together on all ranks at every
+logging step, so all ranks come to the same decision to go on or to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+Bad = tuple[int, str, str]
+SHOWN = 5
+
+
+class BadSamples:
+    """The skipped samples of a run.
+
+    Args:
+        path: the report, one JSON line a sample; read back when a run resumes.
+        allowed: how many may be bad before the run stops.
+        total: samples of the data set, for the message.
+        writes: whether this process writes the report and speaks.
+    """
+
+    def __init__(self, path: Path, allowed: int, total: int, writes: bool) -> None:
+        self.path = path
+        self.allowed = allowed
+        self.total = total
+        self.writes = writes
+        self.known: set[int] = set()
+        self.fresh: dict[int, Bad] = {}
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def restore(self) -> None:
+        """Remembers what the run reported before it was interrupted."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
+
+    def meet(self, found: Iterable[Bad]) -> None:
+        """Takes note of the bad samples of one batch."""
+        for bad in found:
+            if bad[0] not in self.known:
+                self.fresh.setdefault(bad[0], bad)
+
+    def settle(self) -> None:
+        """Joins the ranks' findings; every rank must call it at the same step.
+
+        Raises:
+            ValueError: more samples are bad than `data.max_bad` allows.
+        """
+        from accelerate.utils import gather_object
+
+        for bad in sorted(tuple(item) for item in gather_object(list(self.fresh.values()))):
+            if bad[0] not in self.known:
+                self.known.add(bad[0])
+                self._report(bad)
+        self.fresh = {}
+        if len(self.known) > self.allowed:
+            raise ValueError(self.verdict())
+
+    def verdict(self, last: Bad | None = None) -> str:
+        """Why the run stops."""
+        seen = len(self.known | self.fresh.keys())
+        example = f"; for example {last[1]}: {last[2]}" if last is not None else ""
+        return (
+            f"data.max_bad: {seen} of {self.total} samples are bad, {self.allowed} are allowed "
+            f"(listed in {self.path}){example}"
+        )
+
+    def _report(self, bad: Bad) -> None:
+        if not self.writes:
+            return
+        index, place, reason = bad
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"index": index, "where": place, "reason": reason}) + "\n")
+        if len(self.known) <= SHOWN:
+            print(f"skipped {place}: {reason}", file=sys.stderr)

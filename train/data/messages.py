@@ -1,0 +1,79 @@
+"""JSONL with {"messages": [{"role", "content"}], "images": [paths]}, one record a line.
+
+`content` is text with `<image>` places, or a list of {"type": "text", "text"} and
+{"type": "image"}. A line may also be a LLaVA record. A line that is not JSON is one bad sample.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.data.llava import llava_sample, read_text
+from train.data.sample import (
+    IMAGE,
+    BadSample,
+    Sample,
+    Turn,
+    image_list,
+    role_of,
+    split_text,
+)
+
+
+class JsonlRecords:
+    """Random access to the lines of a JSONL file; empty lines do not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = read_text(path).split("\n")
+        self._lines = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index][0]}"
+
+    def sample(self, index: int) -> Sample:
+        try:
+            record = json.loads(self._lines[index][1])
+        except json.JSONDecodeError as error:
+            raise BadSample(f"not valid JSON ({error.msg} at column {error.colno})") from None
+        return record_sample(record)
+
+
+def record_sample(record: Any) -> Sample:
+    """Turns a record of either layout into a sample."""
+    if not isinstance(record, dict):
+        raise BadSample(f"a record must be an object, got {type(record).__name__}")
+    if record.get("messages") is None:
+        if record.get("conversations") is None:
+            raise BadSample("neither `messages` nor `conversations` in the record")
+        return llava_sample(record)
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise BadSample("`messages` must be a list of {role, content}")
+    images = record.get("images")
+    if images is None:
+        images = record.get("image")
+    turns = tuple(Turn(role_of(m.get("role")), _parts(m.get("content"))) for m in messages)
+    return Sample(turns, image_list(images))
+
+
+def _parts(content: Any) -> tuple[str, ...]:
+    if not isinstance(content, list):
+        return split_text(content)
+    parts: list[str] = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "image":
+            parts.append(IMAGE)
+        elif kind == "text" and isinstance(item.get("text"), str):
+            if IMAGE in item["text"]:
+                raise BadSample(f"{IMAGE} inside a text item; write an item of type image")
+            parts.append(item["text"])
+        else:
+            raise BadSample("a content item must be {type: text, text} or {type: image}")
+    return tuple(parts)

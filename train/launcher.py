@@ -1,0 +1,114 @@
+"""Who started this process, and the traps of doing so.
+
+Three ways lead here: plain `python`, the `deepspeed` launcher (it passes --local_rank and means
+ZeRO), and torchrun or `accelerate launch`. Some combinations run silently as something else than
+asked for; each of them is refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from train.arguments import find_file
+
+ZERO2 = "launch/deepspeed/zero2.json"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The launcher's facts, read once from its environment."""
+
+    processes: int
+    """Processes that the launcher started."""
+    rank: int
+    by_deepspeed: bool
+    """Started by the `deepspeed` launcher."""
+    accelerate_deepspeed: bool
+    """`accelerate launch` with a DeepSpeed configuration of its own."""
+
+
+def read_launch(local_rank: int | None, env: Mapping[str, str] = os.environ) -> Launch:
+    """Reads the launcher's environment.
+
+    Args:
+        local_rank: the --local_rank argument, which only the `deepspeed` launcher passes.
+        env: the environment.
+
+    Raises:
+        ValueError: `accelerate launch` was asked for several processes but started one.
+    """
+    distributed = "RANK" in env and "WORLD_SIZE" in env
+    if not distributed and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env:
+        raise ValueError(
+            "accelerate was asked for several processes but started only one (--cpu and "
+            "distributed_type: MULTI_CPU do that); use --config_file launch/accelerate/cpu2.yaml"
+        )
+    return Launch(
+        processes=int(env["WORLD_SIZE"]) if distributed else 1,
+        rank=int(env["RANK"]) if distributed else 0,
+        by_deepspeed=distributed and (local_rank is not None or "CROSS_SIZE" in env),
+        accelerate_deepspeed=env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
+    )
+
+
+def deepspeed_config(trainer: Mapping[str, Any], launch: Launch) -> str | dict[str, Any] | None:
+    """The DeepSpeed configuration of this run, or None for a run without DeepSpeed.
+
+    The `deepspeed` launcher means ZeRO-2 where the recipe names nothing; a single process started
+    by plain `python` runs without, so that one recipe serves all launchers.
+
+    Raises:
+        ValueError: the file does not exist, or accelerate brings a second configuration.
+    """
+    named = trainer.get("deepspeed")
+    if launch.accelerate_deepspeed:
+        if named is not None:
+            raise ValueError(
+                "trainer.deepspeed: accelerate's file already configures DeepSpeed; name it in "
+                "one place only"
+            )
+        return None
+    if named is None and launch.by_deepspeed:
+        named = ZERO2
+    if named is None or (launch.processes == 1 and not launch.by_deepspeed):
+        return None
+    if not isinstance(named, str):
+        return named
+    path = find_file(named)
+    if path is None:
+        raise ValueError(f"trainer.deepspeed: no such file: {named}")
+    return str(path)
+
+
+def prepare_deepspeed(on_cpu: bool) -> None:
+    """Starts DeepSpeed's process group before transformers reads the world size.
+
+    With ZeRO-3 a model is sharded while it loads and must know the world size by then. On a CPU
+    the shared-memory all-reduce, which a compiler would have to build first, is left out: gloo
+    does the same without one.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, verbose=False
+    )
+
+
+def check_world(args: Any, launch: Launch) -> None:
+    """Refuses a run whose processes do not know of each other.
+
+    Raises:
+        ValueError: transformers sees another number of processes than the launcher started.
+    """
+    if args.world_size != launch.processes:
+        raise ValueError(
+            f"the launcher started {launch.processes} processes but each would train alone "
+            f"(world size {args.world_size}); on a machine without an accelerator set "
+            "trainer.use_cpu=true"
+        )

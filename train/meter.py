@@ -1,0 +1,123 @@
+"""Meter: the numbers logged beside the loss.
+
+tokens_in: tokens of a step before pruning, over all ranks; kept_stage1, kept_stage2: share of the
+visual tokens left after each stage; layer_average: share of all tokens, averaged over the language
+model's layers; tokens_per_s (tokens_in by time), step_time, peak_mb (the largest rank's memory).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+MB = 1024 * 1024
+
+
+class Meter:
+    """Sums over the steps since the last log; one per process.
+
+    Args:
+        attached: the pruner, or None for a dense run.
+    """
+
+    def __init__(self, attached: Any | None) -> None:
+        self.attached = attached
+        self._tokens: list[torch.Tensor] = []
+        self._steps = 0
+        self._time = 0.0
+        self._sums = [0.0] * 5
+        self._layers = 0
+        self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """The first step begins."""
+        self._reset()
+        self._mark = time.perf_counter()
+
+    def batch(self, attention_mask: torch.Tensor) -> None:
+        """A batch enters; kept as a tensor so that a device is not waited for."""
+        self._tokens.append(attention_mask.sum())
+
+    def step(self) -> None:
+        """An optimizer step ends."""
+        now = time.perf_counter()
+        self._time += now - self._mark
+        self._mark = now
+        self._steps += 1
+
+    def aside(self) -> None:
+        """Time until here belongs to no step."""
+        self._mark = time.perf_counter()
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The numbers of all ranks since the last call; every rank must call it."""
+        device = accelerator.device
+        tokens = float(sum(int(count) for count in self._tokens))
+        self._collect()
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        own = torch.tensor([tokens, *self._sums], dtype=precise, device=device)
+        sums = accelerator.reduce(own, "sum").tolist()
+        peaks = torch.tensor([self._time, peak_memory(device)]).to(device)
+        seconds, peak = accelerator.gather(peaks[None]).amax(0).tolist()
+        steps = max(self._steps, 1)
+        logs = {
+            "tokens_in": sums[0] / steps,
+            **self._shares(*sums),
+            "tokens_per_s": sums[0] / max(seconds, 1e-9),
+            "step_time": seconds / steps,
+            "peak_mb": peak,
+        }
+        self._reset()
+        return {name: round(value, 4) for name, value in logs.items()}
+
+    def pause(self) -> None:
+        """Forwards that follow (an evaluation) do not belong to a step."""
+        self._collect()
+
+    def resume(self) -> None:
+        """Steps go on."""
+        if self.attached is not None:
+            self.attached.totals.reset()
+        self._mark = time.perf_counter()
+
+    def _collect(self) -> None:
+        """Adds what the pruner counted since the last reset."""
+        if self.attached is None:
+            return
+        t = self.attached.totals
+        found = (t.visual_in, t.visual_stage1, t.visual_stage2, t.layer_tokens, t.tokens_in)
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
+        self._layers = max(self._layers, t.layers)
+        t.reset()
+
+    def _shares(
+        self, tokens: float, visual: float, stage1: float, stage2: float, layer: float, seen: float
+    ) -> dict[str, float]:
+        """Shares from sums over ranks; what the pruner has not seen ran whole."""
+        if self.attached is None or not self._layers:
+            return {"layer_average": 1.0}
+        whole = (tokens - seen) * self._layers
+        shares = {"layer_average": (layer + whole) / max(tokens * self._layers, 1.0)}
+        if visual:
+            shares |= {"kept_stage1": stage1 / visual, "kept_stage2": stage2 / visual}
+        if self.attached.keep is not None:
+            shares["keep"] = float(self.attached.keep)
+        return shares
+
+    def _reset(self) -> None:
+        self._tokens, self._steps, self._time = [], 0, 0.0
+        self._sums = [0.0] * 5
+        if self.attached is not None:
+            self.attached.totals.reset()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far, in MB: the device's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MB if sys.platform == "darwin" else peak / 1024

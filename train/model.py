@@ -1,0 +1,169 @@
+"""The model that trains: base weights, what is frozen, adapters.
+
+Safetensors only, no code from a checkpoint is ever run. A model has three parts, found by structure
+and not by family: `vision` (the encoder), `language` (decoder and head) and `projector` (what lies
+between).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import Recipe
+from train.sections import LoraSection
+
+PROJECTORS = ("multi_modal_projector", "connector", "merger", "image_newline")
+HEADS = ("lm_head",)
+
+
+def load_processor(path: str) -> Any:
+    """The processor of the base model.
+
+    Raises:
+        ValueError: the folder or hub name has none.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.path: {path}: no processor ({_first_line(error)})") from None
+    for name in ("tokenizer", "image_processor"):
+        if name not in processor.get_attributes():
+            raise ValueError(f"model.path: {path}: its processor has no {name}")
+    return processor
+
+
+def load_model(recipe: Recipe, bf16: bool) -> nn.Module:
+    """The base model with adapters and freezing applied, on the CPU.
+
+    Args:
+        recipe: its `model` and `lora` sections.
+        bf16: whether training runs in bfloat16 (`model.dtype: auto` follows it).
+
+    Raises:
+        ValueError: the weights cannot be loaded or are not complete.
+    """
+    section = recipe.model
+    low = bf16 and recipe.mode != "full"
+    auto = torch.bfloat16 if low else torch.float32
+    dtype = auto if section.dtype == "auto" else _dtype(section.dtype)
+    model = _load(section.path, dtype, section.attn_implementation)
+    model.config.use_cache = False
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    else:
+        trained = ("projector",) if recipe.mode == "projector" else _rest(section.freeze)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(model, name) in trained)
+    if section.dtype == "auto":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model.freeze: every part is frozen, nothing would train")
+    return model
+
+
+def add_lora(model: Any, section: LoraSection) -> nn.Module:
+    """Wraps the model with adapters on its language model."""
+    from peft import LoraConfig, get_peft_model
+
+    decoder = _name_of(model, model.get_decoder())
+    targets = "|".join(re.escape(name) for name in section.target)
+    saved = list(section.modules_to_save)
+    if section.train_projector:
+        saved += [name for name in projector_names(model) if name not in saved]
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=rf"{re.escape(decoder)}\.(.*\.)?({targets})",
+        modules_to_save=saved or None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora: {_first_line(error)}") from None
+
+
+def projector_names(model: nn.Module) -> list[str]:
+    """Last names of the modules between vision and language."""
+    last = (name.rpartition(".")[2] for name, _ in model.named_modules())
+    return sorted({name for name in last if name in PROJECTORS})
+
+
+def part_of(model: Any, name: str) -> str:
+    """The part a parameter of an unwrapped model belongs to."""
+    path = name.split(".")
+    if any(piece in PROJECTORS for piece in path):
+        return "projector"
+    if path[0] in HEADS or name.startswith(_name_of(model, model.get_decoder()) + "."):
+        return "language"
+    return "vision"
+
+
+def trains_images(model: Any) -> bool:
+    """Whether a weight that only images reach is trained."""
+    base = base_of(model)
+    text = [*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()]
+    reached = {id(parameter) for parameter in text}
+    return any(p.requires_grad and id(p) not in reached for p in model.parameters())
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _load(path: str, dtype: torch.dtype, attention: str | None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ValueError(f"model.path: no such folder: {path}")
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.path: {path}: {_first_line(error)}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model.path: {path}: {len(missing)} weights are missing from its files, the first is "
+            f"{missing[0]}"
+        )
+    return model
+
+
+def _rest(frozen: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for part in ("vision", "projector", "language") if part not in frozen)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

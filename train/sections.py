@@ -1,0 +1,103 @@
+"""The sections of a recipe as dataclasses: every option of `model`, `data` and `lora`, once.
+
+`prune` is `itprune.PruneConfig` and `trainer` holds transformers' TrainingArguments unchanged, so
+both are documented where they live. A string under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from itprune.options import check_choice, check_fraction
+
+MODES = ("lora", "full", "projector")
+PARTS = ("vision", "projector", "language")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("auto", "llava", "messages", "dataset")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """`model`: what is trained."""
+
+    path: str
+    """Folder or hub name of the base model, with safetensors weights."""
+    mode: str | None = None
+    """lora: adapters on the language model (default when there is a `lora` section); full: every
+    weight that is not frozen (default otherwise); projector: only the projector (pretraining)."""
+    dtype: str = "auto"
+    """Type of the loaded weights. auto: bfloat16 for frozen weights when `trainer.bf16` is on,
+    float32 otherwise; weights that train are float32 unless the type is named here."""
+    attn_implementation: str | None = None
+    """transformers' attention: sdpa, eager, flash_attention_2, ...; null: its own choice."""
+    freeze: tuple[str, ...] = ("vision",)
+    """Parts that mode `full` leaves as they are: vision, projector, language."""
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            check_choice("model.mode", self.mode, MODES)
+        check_choice("model.dtype", self.dtype, DTYPES)
+        for part in self.freeze:
+            check_choice("model.freeze", part, PARTS)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """`data`: the samples and how they are read."""
+
+    train: tuple[str, ...]
+    """LLaVA JSON, JSONL with `messages` and `images`, a saved or named `datasets` dataset."""
+    val: tuple[str, ...] = ()
+    """Samples of the evaluation loss; computed when `trainer.eval_strategy` says so."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and must stay in. null: the data file's folder, and
+    absolute paths are accepted."""
+    format: str = "auto"
+    """llava, messages, dataset; auto: by file ending and first record."""
+    split: str = "train"
+    """Split of a `datasets` dataset that has several."""
+    max_length: int = 2048
+    """Tokens of a sample, image tokens included; a longer text is cut at its end."""
+    workers: int = 2
+    """Background processes that read and encode samples (per training process)."""
+    max_bad: float = 0.01
+    """Fraction of bad samples that is skipped and reported; above it the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train: names no file")
+        check_choice("data.format", self.format, FORMATS)
+        if self.max_length < 1:
+            raise ValueError(f"data.max_length: must be at least 1, got {self.max_length}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers: must be 0 or more, got {self.workers}")
+        if self.max_bad != 0:
+            check_fraction("data.max_bad", self.max_bad)
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """`lora`: adapters on the language model, everything else frozen."""
+
+    r: int = 128
+    """Rank of the adapters."""
+    alpha: float = 256
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Names of the language model's linear layers that get an adapter."""
+    train_projector: bool = False
+    """Train the projector fully beside the adapters; saved with them."""
+    modules_to_save: tuple[str, ...] = ()
+    """Further modules that train fully and are saved with the adapters."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r: must be at least 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
+        if not self.target:
+            raise ValueError("lora.target: names no layer")

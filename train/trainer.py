@@ -1,0 +1,116 @@
+"""PruneTrainer: transformers' Trainer plus what pruning needs, and nothing else.
+
+Added are: the numbers beside the loss, bad samples taken out of batches, a text-only batch that
+still runs the vision modules (so that ranks never wait for each other), and checkpoints that carry
+the pruner. The keep schedule moves in a callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from train.bad_samples import BadSamples
+from train.data.collate import BAD
+from train.meter import Meter
+
+
+class PruneTrainer(Trainer):
+    """Trainer of a dense or pruned model.
+
+    Args:
+        meter: collects the numbers logged beside the loss.
+        bad: the samples that were skipped.
+        blank: image inputs of one blank image, when weights train that only images reach.
+        save_beside: writes pruner, processor and recipe into a folder (main process only).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        meter: Meter,
+        bad: BadSamples,
+        blank: dict[str, torch.Tensor] | None,
+        save_beside: Callable[[Path], None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter = meter
+        self.bad = bad
+        self.blank = blank
+        self.save_beside = save_beside
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(self._good(epoch_iterator), *args, **kwargs)
+
+    def _good(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            found = batch.pop(BAD)
+            self.bad.meet(found)
+            if "input_ids" not in batch:
+                raise ValueError(self.bad.verdict(found[-1]))
+            self.meter.batch(batch["attention_mask"])
+            yield batch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = inputs.pop(BAD, None)
+        if "input_ids" not in inputs:
+            raise ValueError(f"data.val: too many bad samples, such as {found[-1][1:]}")
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.blank is None or "pixel_values" in inputs or isinstance(loss, tuple):
+            return loss
+        return loss + 0.0 * self._blank_features(self.blank).sum()
+
+    def _blank_features(self, blank: dict[str, torch.Tensor]) -> Any:
+        from train.model import base_of
+
+        inputs = {key: value.to(self.args.device) for key, value in blank.items()}
+        features = base_of(self.model).get_image_features(**inputs).pooler_output
+        return features[0] if isinstance(features, list | tuple) else features
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.meter.pause()
+        metrics = super().evaluate(*args, **kwargs)
+        self.meter.resume()
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.bad.settle()
+            logs |= self.meter.read(self.accelerator)
+            logs["bad_samples"] = len(self.bad)
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            self.save_beside(folder)
+
+
+class StepCallback(TrainerCallback):
+    """Moves the keep schedule and the meter's clock."""
+
+    def __init__(self, meter: Meter, attached: Any | None) -> None:
+        self.meter = meter
+        self.attached = attached
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.attached is not None:
+            self.attached.set_progress(state.global_step / max(state.max_steps, 1))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.step()
+
+    def _aside(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logging and saving are not part of a step's time."""
+        self.meter.aside()
+
+    on_log = on_save = _aside
