@@ -2,6 +2,7 @@
 
 from itprune.attach import Attached, attach, calibrate
 from itprune.calibration import Calibration
+from itprune.checkpoint import Loaded, load_pretrained, save_pretrained, save_pruner
 from itprune.config import PruneConfig, Schedule
 from itprune.families import families
 from itprune.methods import methods, register_method
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attached",
     "Calibration",
+    "Loaded",
     "PromptFormat",
     "PruneConfig",
     "Report",
@@ -20,6 +22,9 @@ __all__ = [
     "attach",
     "calibrate",
     "families",
+    "load_pretrained",
     "methods",
     "register_method",
+    "save_pretrained",
+    "save_pruner",
 ]

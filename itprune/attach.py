@@ -121,7 +121,7 @@ def attach(
     config = config or PruneConfig()
     inner = base_model(model)
     family = find_family(inner)
-    method = build_method(config.method, config.options, len(family.text_model.layers))
+    method = build_method(config.method, config.options, len(family.layers))
     method.calibration = calibration
     method.keep = config.keep_at(0.0 if model.training else 1.0)
     prompt = prompt or PromptFormat(_special_ids(inner))
@@ -172,9 +172,10 @@ def calibrate(
     finally:
         method.recorder, engine.totals, engine.report = None, totals, before
         model.train(was_training)
-    if set(method.calibration.curves) < set(stages):
+    found = method.calibration
+    if found is None or not set(stages) <= set(found.curves):
         raise ValueError("calibration needs samples with images, and found none")
-    return method.calibration
+    return found
 
 
 def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:

@@ -123,7 +123,9 @@ def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale:
 
     longest = max(rows.lens_list)
     out = varlen_attn(
-        *(t[0].transpose(0, 1) for t in (query, key, value)),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         rows.offsets,
         rows.offsets,
         longest,
@@ -132,4 +134,5 @@ def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale:
         window_size=(-1, 0),  # causal
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, Tensor)
     return out[None]

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from itprune.engine.rows import Rows
 
 
-class PrunedLayer(DynamicLayer):  # type: ignore[misc]
+class PrunedLayer(DynamicLayer):
     """Keys and values (B, H, L, d) of kept tokens, with where each stands.
 
     Attributes:
@@ -31,6 +31,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, is_sliding: bool = False) -> None:
         super().__init__()
         self.is_sliding = is_sliding
+        self.keys: Any = None
+        self.values: Any = None
         self._forget()
 
     def _forget(self) -> None:

@@ -54,7 +54,7 @@ class Engine:
         self.report: Report | None = None
         self.totals = Totals()
         self._text = family.text_model
-        self._depth = len(self._text.layers)
+        self._depth = len(family.layers)
         self._sliding = _slides(self._text.config)
         self._request: Request | None = None
         self._vision: VisionPass | None = None
@@ -73,9 +73,9 @@ class Engine:
         return before
 
     def _install(self, model: PreTrainedModel) -> None:
-        family, layers = self.family, self._text.layers
-        pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
-        post = nn.Module.register_forward_hook
+        family, layers = self.family, self.family.layers
+        pre: Any = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
+        post: Any = nn.Module.register_forward_hook
         head = model.get_output_embeddings()
         self._handles += [
             pre(model, self._open_request),
@@ -259,7 +259,7 @@ def _filled_rows(embeds: Tensor, sequence: Sequence, packed: bool) -> Rows | Non
     if bool((sequence.protected & sequence.valid & ~keep).any()):
         raise ValueError("a prompt ends with an image; put some text behind it")
     token = keep.reshape(-1).nonzero()[:, 0]
-    return Rows(token, *keep.shape, packed=packed)
+    return Rows(token, keep.shape[0], keep.shape[1], packed)
 
 
 def _is_pruned(cache: Any) -> bool:

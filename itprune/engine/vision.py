@@ -86,12 +86,13 @@ class VisionPass:
         """(V,) the named score; a CLS that is itself a visual token always stays."""
         assert self.query is not None
         assert self.key is not None
-        assert self.hidden is not None
+        hidden = self.hidden
+        assert hidden is not None
         if not self.family.has_cls:
             return attention_received(self.query, self.key, self.scale).flatten()
         score = {
             "attention": lambda q, k: cls_attention(q, k, self.scale),
-            "cosine": lambda q, k: cls_cosine(self.hidden),
+            "cosine": lambda q, k: cls_cosine(hidden),
             "full_width": cls_attention_full_width,
         }[name](self.query, self.key)
         if score.shape[1] == self.shape[1] - 1:

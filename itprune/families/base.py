@@ -6,7 +6,7 @@ An adapter names modules of a stock transformers model. It owns no forward and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -24,9 +24,14 @@ class Family(ABC):
         self.model = model
 
     @property
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> PreTrainedModel:
         """The decoder that owns `layers`."""
         return self.model.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return cast(nn.ModuleList, self.text_model.layers)
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
@@ -35,7 +40,7 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def tower(self) -> nn.Module:
+    def tower(self) -> PreTrainedModel:
         """The vision encoder; called with the pixels of all images."""
 
     @property

@@ -5,8 +5,11 @@ Changes to the host: none; this file only names its modules.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from itprune.families import register_family
 from itprune.families.base import Family
@@ -17,9 +20,10 @@ class Llava(Family):
     """`LlavaForConditionalGeneration`."""
 
     has_cls = True
+    model: LlavaForConditionalGeneration
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> PreTrainedModel:
         return self.model.model.vision_tower
 
     @property
@@ -34,11 +38,11 @@ class Llava(Family):
                 f"vision_feature_layer {layer} of this model is not the output of one of its "
                 f"{len(blocks)} vision blocks, so there is no attention to score with"
             )
-        return blocks[index]
+        return cast(nn.Module, blocks[index])
 
     @property
     def feature_attention(self) -> nn.Module:
-        return self.feature_block.self_attn
+        return cast(nn.Module, self.feature_block.self_attn)
 
     @property
     def projector(self) -> nn.Module:

@@ -14,7 +14,7 @@ from itprune.tokens import Images, Kept
 
 
 @dataclass(frozen=True)
-class Options:
+class RandomOptions:
     """Options of `random`."""
 
     seed: int = 0
@@ -25,7 +25,7 @@ class Options:
 class Random(Method):
     """The subset depends on seed and pixels only, so a batch and its rows agree."""
 
-    Options = Options
+    Options = RandomOptions
     acts_before_llm = True
 
     @torch.no_grad()

@@ -92,7 +92,7 @@ class Stage2:
 
 
 @dataclass(frozen=True)
-class Options:
+class TwoStageOptions:
     """Options of `itprune`; `null` switches a stage off."""
 
     stage1: Stage1 | None = field(default_factory=Stage1)
@@ -103,10 +103,10 @@ class Options:
 class TwoStage(Method):
     """Inflection point of the vision encoder's curve, then of the instruction's."""
 
-    Options = Options
+    Options = TwoStageOptions
     acts_before_llm = True
 
-    def __init__(self, options: Options, depth: int) -> None:
+    def __init__(self, options: TwoStageOptions, depth: int) -> None:
         super().__init__(options, depth)
         self.stage1, self.stage2 = options.stage1, options.stage2
         self._layers = self._resolve_layers()
