@@ -31,6 +31,8 @@ class Request:
     padding_mask: Tensor | None
     """(B, past + S) 2-D attention mask."""
     has_images: bool
+    guesses: int = 0
+    """Tokens assisted decoding appends to be verified: their logits are needed."""
     head_mask: Tensor | None = None
     """(B, S) positions the head computes; None: as the host says."""
     blank: Tensor | None = None
@@ -44,6 +46,7 @@ class Request:
             targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         mask = kwargs.get("attention_mask")
         encoded = kwargs.get("mm_encoder_outputs") or {}
+        wanted = kwargs.get("logits_to_keep", 0)
         pixels = any(kwargs.get(name) is not None for name in PIXELS)
         if ids is None and pixels:
             raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
@@ -52,6 +55,7 @@ class Request:
             targets=targets,
             padding_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             # Placeholder ids alone are not enough: a model may generate them while decoding.
+            guesses=max(wanted - 1, 0) if isinstance(wanted, int) else 0,
             has_images=pixels or any(v is not None for v in encoded.values()),
         )
 
@@ -87,8 +91,8 @@ class Request:
         supervised = supervised | F.pad(supervised, (1, 0))[:, :-1]  # labels and their predictors
         last = (valid * (place + 1)).argmax(1)
         protected = prompt.protected(ids) & ~visual | supervised
-        protected = protected.scatter(1, last[:, None], True)
-        end = self._first_answer(ids, prompt, last)
+        protected = protected | (place >= last[:, None] - self.guesses)
+        end = self._first_answer(ids, prompt, last - self.guesses)
         instruction = valid & ~visual & (place < end[:, None])
         return Sequence(
             valid, visual, protected, instruction, _asks(visual, instruction, end), mask

@@ -1,0 +1,286 @@
+"""Answerer: asks a loaded checkpoint questions, in batches, on the tokens its pruner keeps.
+
+A question is encoded alone, so what is wrong with it concerns no other; a batch is then padded on
+the left and handed to the model's own `generate`. Every answer says what it cost.
+
+Shapes: B questions of a batch, T prompt tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from itprune.attach import base_model
+from itprune.checkpoint import Loaded
+from itprune.decoding import Clock, Decoding, RowSampler, row_seed
+from itprune.question import Question
+from itprune.report import Report, Segment
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One question as tensors of one row."""
+
+    inputs: Mapping[str, Tensor]
+    prepare_s: float
+
+    @property
+    def length(self) -> int:
+        """Prompt tokens, image tokens included."""
+        return self.inputs["input_ids"].shape[1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost."""
+
+    answer: str
+    finish: str
+    """stop: the model ended it; length: it was cut."""
+    tokens_out: int
+    tokens_in: int
+    """Prompt tokens before pruning, image tokens included."""
+    visual_in: int
+    tokens_stage1: int
+    """Tokens into the LLM."""
+    visual_stage1: int
+    tokens_stage2: int
+    """Tokens that reach the last LLM layer; as after stage 1 where there is no stage 2."""
+    visual_stage2: int
+    layer_average: float
+    """Share of the prompt's tokens kept, averaged over the LLM's layers."""
+    visual_layer_average: float | None
+    """The same of visual tokens, which is what `keep` aims at; None without images."""
+    kv_entries: int
+    """Cached tokens after the prompt, summed over layers."""
+    kv_bytes: int
+    """Keys and values of these entries."""
+    prepare_s: float
+    """Resizing and tokenising this question."""
+    first_token_s: float
+    """From the batch's start on the model to its first token: all questions of a batch run through
+    the prompt together, so all have this in common."""
+    total_s: float
+    """From the batch's start on the model to this answer's last token."""
+    batch: int
+    """Questions answered together."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Answerer:
+    """Answers questions with a loaded model.
+
+    Args:
+        loaded: from `load_pretrained`; with no pruner attached the model runs dense.
+        decoding: how answers are drawn.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+
+    def __init__(self, loaded: Loaded, decoding: Decoding | None = None) -> None:
+        self.loaded = loaded
+        self.decoding = decoding or Decoding()
+        self.model = base_model(loaded.model)
+        self.processor: Any = loaded.processor
+        if not self.processor.chat_template:
+            raise ValueError("the model's processor has no chat template, so it cannot be asked")
+        self.text_config = self.model.config.get_text_config()
+        self.stops = _stops(self.model.generation_config, self.processor.tokenizer)
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers a batch."""
+        return self.answer([self.encode(question) for question in questions])
+
+    # -------------------------------------------------------------------------------- encode
+    def encode(self, question: Question) -> Encoded:
+        """Renders, tokenises and resizes one question.
+
+        Raises:
+            ValueError: the prompt does not fit the model's context, or the processor refuses it.
+        """
+        start = time.perf_counter()
+        processor = self.processor
+        texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
+        if any(processor.image_token in text for text in texts):
+            raise ValueError(f"the text contains {processor.image_token}, the model's image token")
+        text = processor.apply_chat_template(
+            list(question.messages), tokenize=False, add_generation_prompt=True
+        )
+        bos = processor.tokenizer.bos_token
+        inputs = processor(
+            text=[text],
+            images=list(question.images) or None,
+            add_special_tokens=bos is None or not text.startswith(bos),
+            return_tensors="pt",
+        )
+        encoded = Encoded(dict(inputs), time.perf_counter() - start)
+        if encoded.length >= self.text_config.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {encoded.length} tokens with its images, but the model's context "
+                f"holds {self.text_config.max_position_embeddings}; shorten it or use fewer images"
+            )
+        return encoded
+
+    # -------------------------------------------------------------------------------- answer
+    @torch.no_grad()
+    def answer(self, batch: Sequence[Encoded]) -> list[Answer]:
+        """Answers encoded questions together.
+
+        Raises:
+            ValueError: the model refuses one of them, or memory does not suffice.
+        """
+        if not batch:
+            return []
+        rooms = [self._room(encoded) for encoded in batch]
+        attached = self.loaded.attached
+        before = attached.report if attached is not None else None
+        clock = Clock(self.model.device)
+        inputs = self._inputs(batch)
+        generate: Any = self.model.generate
+        try:
+            out = generate(
+                **inputs,
+                generation_config=self._settings(max(rooms)),
+                logits_processor=self._sampler(batch),
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"the device's memory does not hold {len(batch)} question(s) at once; "
+                "use a smaller batch size"
+            ) from None
+        report = attached.report if attached is not None else None
+        if report is None or report is before:  # nothing was pruned
+            report = self._dense_report(inputs)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        rows = [self._cut(ids, room) for ids, room in zip(new, rooms, strict=True)]
+        return self._answers(batch, rows, report, out.past_key_values, clock)
+
+    def _room(self, encoded: Encoded) -> int:
+        """Tokens an answer may have: as asked for, within the model's context."""
+        left = self.text_config.max_position_embeddings - encoded.length
+        return min(self.decoding.max_new_tokens, left)
+
+    def _inputs(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Token tensors padded on the left; image tensors joined along their first axis."""
+        width = max(encoded.length for encoded in batch)
+        device, dtype = self.model.device, self.model.dtype
+        pad = {"input_ids": self._pad_id()}
+        out: dict[str, Tensor] = {}
+        for key in dict.fromkeys(key for encoded in batch for key in encoded.inputs):
+            rows = [e.inputs[key] for e in batch if key in e.inputs]
+            if key in ("input_ids", "attention_mask") or key.endswith("token_type_ids"):
+                fill = pad.get(key, 0)
+                rows = [F.pad(row, (width - row.shape[1], 0), value=fill) for row in rows]
+            joined = torch.cat(rows)
+            out[key] = joined.to(device, dtype if joined.is_floating_point() else None)
+        return out
+
+    def _pad_id(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return self.stops[0] if pad is None else pad
+
+    def _settings(self, longest: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=longest,
+            do_sample=False,  # RowSampler draws
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=list(self.stops),
+            pad_token_id=self._pad_id(),
+            return_dict_in_generate=True,
+        )
+
+    def _sampler(self, batch: Sequence[Encoded]) -> LogitsProcessorList:
+        if self.decoding.temperature == 0:
+            return LogitsProcessorList()
+        seeds = [row_seed(self.decoding.seed, encoded.inputs.values()) for encoded in batch]
+        return LogitsProcessorList([RowSampler(self.decoding, seeds)])
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """Up to and with the token that ends the answer."""
+        end = next((i + 1 for i, token in enumerate(ids) if token in self.stops), len(ids))
+        return ids[: min(end, room)]
+
+    # -------------------------------------------------------------------------------- figures
+    def _dense_report(self, inputs: Mapping[str, Tensor]) -> Report:
+        valid = inputs["attention_mask"].sum(1)
+        visual = (inputs["input_ids"] == self.processor.image_token_id).sum(1)
+        depth = self.text_config.num_hidden_layers
+        return Report(depth, valid, visual, [Segment(0, valid, visual)])
+
+    def _answers(
+        self,
+        batch: Sequence[Encoded],
+        rows: list[list[int]],
+        report: Report,
+        cache: Any,
+        clock: Clock,
+    ) -> list[Answer]:
+        sizes = [_entry_bytes(layer) for layer in cache.layers]
+        last, last_visual = (list(d.values())[-1] for d in (report.drops, report.visual_drops))
+        answers = []
+        for i, (encoded, ids) in enumerate(zip(batch, rows, strict=True)):
+            tokens = _per_layer(report.drops, report.depth, i)
+            visual = _per_layer(report.visual_drops, report.depth, i)
+            seen = report.visual_in[i]
+            text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers.append(
+                Answer(
+                    answer=text,
+                    finish="stop" if ids[-1] in self.stops else "length",
+                    tokens_out=len(ids),
+                    tokens_in=report.tokens_in[i],
+                    visual_in=seen,
+                    tokens_stage1=report.tokens_stage1[i],
+                    visual_stage1=report.visual_stage1[i],
+                    tokens_stage2=last[i],
+                    visual_stage2=last_visual[i],
+                    layer_average=sum(tokens) / (report.depth * report.tokens_in[i]),
+                    visual_layer_average=sum(visual) / (report.depth * seen) if seen else None,
+                    kv_entries=report.kv_entries[i],
+                    kv_bytes=sum(n * size for n, size in zip(tokens, sizes, strict=True)),
+                    prepare_s=encoded.prepare_s,
+                    first_token_s=clock.ticks[0],
+                    total_s=clock.ticks[len(ids) - 1],
+                    batch=len(batch),
+                )
+            )
+        return answers
+
+
+def _per_layer(drops: Mapping[int, list[int]], depth: int, sample: int) -> list[int]:
+    """One sample's count at every layer."""
+    out: list[int] = []
+    for layer in range(depth):
+        out.append(drops[layer][sample] if layer in drops else out[-1])
+    return out
+
+
+def _entry_bytes(layer: Any) -> int:
+    """Bytes one cached token takes in a layer: (B, H, L, d) keys and values."""
+    return sum(t.shape[1] * t.shape[-1] * t.element_size() for t in (layer.keys, layer.values))
+
+
+def _stops(config: GenerationConfig | None, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the model's own, else the tokenizer's end of sequence.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    own = config.eos_token_id if config is not None else None
+    own = tokenizer.eos_token_id if own is None else own
+    if own is None:
+        raise ValueError("neither the model nor its tokenizer names an end-of-sequence token")
+    return tuple(own) if isinstance(own, list) else (own,)

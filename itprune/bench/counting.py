@@ -1,0 +1,114 @@
+"""Counting: FLOPs, bytes kept for the backward pass, and the seconds a method takes to choose.
+
+FLOPs are what torch's own counter says: two for each multiply-add of matrix products, convolutions
+and attention, nothing for element-wise work. Its table has no entry for the attention kernel that
+CPUs run, so `ATTENTION_ON_CPU` adds one by the rule it uses for the CUDA kernels: every
+query-key pair counts, masked or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from itprune.attach import Attached
+from itprune.bench.timing import Clock
+
+Dims = tuple[int, ...]
+
+
+def attention_flops(query: Dims, key: Dims, value: Dims, *_: Any, **__: Any) -> int:
+    """q k^T and the product with v. Shapes are (B, H, Lq, d), (B, H_kv, Lk, d), (B, H_kv, Lk, d_v);
+    every query head works, whether it shares its keys or not."""
+    samples, heads, queries, width = query
+    return 2 * samples * heads * queries * key[2] * (width + value[3])
+
+
+def attention_backward_flops(
+    grad: Dims, query: Dims, key: Dims, value: Dims, *_: Any, **__: Any
+) -> int:
+    """Five products: q k^T again, and the gradients of the weights, v, q and k."""
+    samples, heads, queries, width = query
+    return 2 * samples * heads * queries * key[2] * (3 * width + 2 * value[3])
+
+
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Counted FLOPs of one call."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+class SavedBytes:
+    """Context manager: memory that autograd keeps for the backward pass, each storage once.
+
+    Parameters are there anyway and do not count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._kept: dict[int, int] = {}
+        self._hooks = saved_tensors_hooks(self._pack, lambda saved: saved)
+
+    def _pack(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def total(self) -> int:
+        return sum(self._kept.values())
+
+
+class ChoiceTimer:
+    """Seconds a method spent on its choices: scores, counts, ranking, relevance."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.seconds, self._clock = 0.0, clock
+
+    def wrap(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = self._clock.now()
+            try:
+                return choose(*args)
+            finally:
+                self.seconds += self._clock.now() - begin
+
+        return timed
+
+
+@contextmanager
+def timed_choices(attached: Attached | None, clock: Clock) -> Iterator[ChoiceTimer]:
+    """Times `before_llm` and `after_layer` of an attached method while the block runs."""
+    timer = ChoiceTimer(clock)
+    if attached is None:
+        yield timer
+        return
+    method = attached.method
+    first, later = method.before_llm, method.after_layer
+    method.before_llm = timer.wrap(first)  # type: ignore[method-assign]
+    method.after_layer = timer.wrap(later)  # type: ignore[method-assign]
+    try:
+        yield timer
+    finally:
+        del method.before_llm, method.after_layer

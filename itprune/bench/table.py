@@ -1,0 +1,80 @@
+"""Prints the record of a bench as a plain table (also valid Markdown)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+TRAIN: tuple[Column, ...] = (
+    ("variant", lambda r: r["variant"]),
+    ("step s", lambda r: f"{r['step_s']:.3g}"),
+    ("forward / backward / optimizer", lambda r: _three(r)),
+    ("speed-up", lambda r: f"{r['speedup']:.2f}x"),
+    ("TFLOP", lambda r: f"{r['tflops']:.3g}"),
+    ("FLOP ratio", lambda r: f"{r['flop_speedup']:.2f}x"),
+    ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
+    ("peak MB", lambda r: f"{r['peak_mb']:,.0f}"),
+    ("tokens a layer", lambda r: f"{r['tokens_layer_average']:.0f}"),
+    ("choosing", lambda r: f"{r['selection_share']:.1%}"),
+)
+
+INFER: tuple[Column, ...] = (
+    ("batch", lambda r: str(r["batch"])),
+    ("variant", lambda r: r["variant"]),
+    ("prefill s", lambda r: f"{r['prefill_s']:.3g}"),
+    ("speed-up", lambda r: f"{r['prefill_speedup']:.2f}x"),
+    ("FLOP ratio", lambda r: f"{r['prefill_flop_speedup']:.2f}x"),
+    ("speed-up / FLOP ratio", lambda r: f"{r['prefill_of_flop_bound']:.2f}"),
+    ("decode ms/token", lambda r: f"{r['decode_s'] * 1e3:.3g}"),
+    ("decode speed-up", lambda r: f"{r['decode_speedup']:.2f}x"),
+    ("decode FLOP ratio", lambda r: f"{r['decode_flop_speedup']:.2f}x"),
+    ("KV MB", lambda r: f"{r['kv_mb']:.4g}"),
+    ("without pads", lambda r: f"{r['kv_filled_mb']:.4g}"),
+    ("as reported", lambda r: "yes" if r["kv_as_reported"] else "NO"),
+)
+
+
+def _three(row: Mapping[str, Any]) -> str:
+    return " / ".join(f"{row[name]:.3g}" for name in ("forward_s", "backward_s", "optimizer_s"))
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The whole record as text: what was measured, then one line for each row."""
+    columns = TRAIN if record["bench"] == "train" else INFER
+    return "\n".join([*_facts(record), "", *_table(columns, record["rows"])])
+
+
+def _facts(record: Mapping[str, Any]) -> list[str]:
+    tokens, machine = record["tokens"], record["machine"]
+    software = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"{record['bench']}: shape {record['shape']}, batch {record['batch']}, "
+        f"{tokens['visual']} visual + {tokens['text']} text tokens "
+        f"({tokens['supervised']} supervised), keep {record['keep']}",
+        f"{machine['device']}, {machine['processor']}, {machine['threads']} thread(s); {software}",
+        f"medians of {record['repeats']} interleaved rounds, {record['clock']}",
+    ]
+    if record["bench"] == "train":
+        lines.append(
+            f"step = forward + backward + AdamW on {record['parameters']['trained'] / 1e6:.1f} of "
+            f"{record['parameters']['all'] / 1e6:.1f} M parameters; memory: {record['memory']}"
+        )
+    pruned = next((r for r in record["rows"] if r["variant"] == "pruned_packed"), None)
+    if pruned is not None:
+        counts = " ".join(map(str, pruned["visual_stage1"]))
+        lines.append(f"visual tokens kept of each image by pruned_packed: {counts}")
+    return lines
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [[title for title, _ in columns]]
+    cells += [[show(row) for _, show in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [_line(line, widths) for line in cells]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"

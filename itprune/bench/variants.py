@@ -1,0 +1,74 @@
+"""Variants: what a bench compares, each the bare model or the same model with a pruner attached.
+
+All variants of a run share one model and one optimizer; a pruner is attached for one measurement
+and detached again, so nothing but the pruner differs and memory holds one model only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from itprune.attach import Attached, attach, calibrate
+from itprune.bench.shapes import Shape
+from itprune.calibration import Calibration
+from itprune.config import PruneConfig
+
+
+@dataclass
+class Variant:
+    """One column of the comparison."""
+
+    name: str
+    config: PruneConfig | None
+    """None: the bare model, nothing attached."""
+    calibration: Calibration | None = None
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[Attached | None]:
+        """Attaches the pruner for as long as the block runs."""
+        if self.config is None:
+            yield None
+            return
+        with attach(model, self.config, calibration=self.calibration) as attached:
+            yield attached
+
+    def calibrate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Meets the target average on the batch that is measured."""
+        with self.on(model) as attached:
+            if attached is not None and not attached.method.idle:
+                self.calibration = calibrate(attached, [batch])
+
+
+def train_variants(shape: Shape, keep: float) -> list[Variant]:
+    """The variants of a training bench; the first one is what the others are compared with."""
+    return [
+        Variant("dense", None),
+        Variant("dense_label_logits", PruneConfig(keep=1.0, label_only_logits="always")),
+        Variant("pruned_padded", _one_stage(keep, "padded")),
+        Variant("pruned_packed", _one_stage(keep, "packed")),
+        Variant("two_stage_packed", _two_stages(shape, keep)),
+        Variant("attached_keep_1", PruneConfig(keep=1.0)),
+    ]
+
+
+def infer_variants(shape: Shape, keep: float) -> list[Variant]:
+    """The variants of an inference bench."""
+    return [
+        Variant("dense", None),
+        Variant("pruned_padded", _one_stage(keep, "padded")),
+        Variant("pruned_packed", _one_stage(keep, "packed")),
+        Variant("two_stage_packed", _two_stages(shape, keep)),
+    ]
+
+
+def _one_stage(keep: float, layout: str) -> PruneConfig:
+    return PruneConfig(keep=keep, layout=layout, options={"stage2": None})
+
+
+def _two_stages(shape: Shape, keep: float) -> PruneConfig:
+    """The split of `keep` is derived: 0.22 becomes 0.33, and 0.11 from the middle of the LLM on."""
+    return PruneConfig(keep=keep, options={"stage2": {"layers": [shape.half_depth]}})

@@ -1,0 +1,63 @@
+"""The `itprune` command. A subcommand is a module with `add_parser(subparsers)` and `run(args)`.
+
+Its heavy imports stand inside `run`, so that help is quick. Exit status: 0 done; 1 an error the
+user can put right, told in one sentence on stderr; 2 a command line that cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+COMMANDS = ("infer", "merge", "calibrate", "methods", "bench")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="itprune", description="Run multimodal LLMs on the tokens that matter."
+    )
+    parser.add_argument("--version", action="version", version=f"itprune {version('itprune')}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"itprune.cli.{name}").add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    try:
+        with _short_warnings():
+            return args.run(args)
+    except ValueError as error:
+        if args.traceback:
+            raise
+        print(f"itprune: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("itprune: stopped; what was written stays", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line for people, without our source code."""
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        print(f"itprune: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

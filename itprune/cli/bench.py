@@ -1,0 +1,69 @@
+"""`itprune bench`: what pruning is worth on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command `bench` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="measure step time, FLOPs and memory, dense beside pruned",
+        description="Runs dense and pruned variants of a model with random weights in turns and "
+        "prints time, speed-up, counted FLOPs and memory.",
+    )
+    parser.add_argument("what", choices=("train", "infer"), help="a training step, or inference")
+    parser.add_argument(
+        "--shape",
+        default="cpu",
+        metavar="NAME",
+        help="tiny (seconds), cpu (50 M parameters, some minutes), llava-1.5-7b (CUDA GPU); "
+        "default cpu",
+    )
+    parser.add_argument("--batch", type=int, help="rows of a batch; default 8 (infer: 1 and 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; default 5")
+    parser.add_argument("--keep", type=float, default=0.22, help="visual tokens kept; default 0.22")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; default 1, where CPU seconds are measured; more: the wall clock",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the bench; 0 when it is done.
+
+    Raises:
+        ValueError: an impossible shape or number.
+    """
+    from itprune.bench import bench_infer, bench_train
+    from itprune.bench.table import render
+
+    for name in ("batch", "repeats", "threads"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: must be at least 1, got {value}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {args.json.parent}")
+    common = {
+        "shape": args.shape,
+        "repeats": args.repeats,
+        "keep": args.keep,
+        "threads": args.threads,
+        "progress": lambda line: print(line, file=sys.stderr, flush=True),
+    }
+    if args.what == "train":
+        record = bench_train(batch=args.batch or 8, **common)
+    else:
+        record = bench_infer(batches=(args.batch,) if args.batch else (1, 8), **common)
+    print(render(record))
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0

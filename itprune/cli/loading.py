@@ -1,0 +1,131 @@
+"""Options and checks that all commands which load a model share.
+
+What can be known without reading gigabytes is checked first, and what transformers or PEFT report
+about a folder becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from itprune.checkpoint import Loaded
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --keep, --method, --device and --dtype."""
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a checkpoint, or an ordinary model folder"
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="FRACTION",
+        help="average fraction of visual tokens kept instead of the checkpoint's; 1.0: dense",
+    )
+    parser.add_argument(
+        "--method", metavar="NAME", help="choose tokens by this method (see `itprune methods`)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 …; default: a GPU where there is one")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else their own"
+    )
+
+
+def load(args: argparse.Namespace, **changes: Any) -> Loaded:
+    """Loads what the options name.
+
+    Args:
+        args: options of `add_model_options`.
+        changes: keywords for `load_pretrained` that replace those of the options.
+
+    Raises:
+        ValueError: anything that stands against it, in one sentence.
+    """
+    check_options(args)
+    import torch
+    from transformers.utils import logging
+
+    from itprune.checkpoint import load_pretrained
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # refusals come as exceptions; the rest is not for users
+    wanted: dict[str, Any] = {
+        "keep": args.keep,
+        "method": args.method,
+        "device": args.device,
+        "dtype": None if args.dtype is None else _dtype(args.dtype),
+    }
+    if str(args.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA device; use cpu")
+    try:
+        return load_pretrained(args.model, **{**wanted, **changes})
+    except (OSError, RuntimeError, ImportError, KeyError) as error:
+        raise ValueError(f"{args.model}: cannot be loaded ({_first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(_first_line(error)) from error
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses options and folders that cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    from itprune.methods import methods
+    from itprune.options import check_choice, check_fraction
+
+    check_fraction("--keep", args.keep)
+    if args.method is not None:
+        check_choice("--method", args.method, methods())
+    check_folder(Path(args.model))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds no supported model.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    from itprune.families import families
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    if (folder / "adapter_config.json").exists():
+        return
+    if not (folder / "config.json").exists():
+        inner = sorted(folder.glob("checkpoint-*/adapter_config.json"))
+        hint = f"; did you mean {inner[-1].parent}?" if inner else ""
+        raise ValueError(
+            f"{folder}: not a model, it holds neither config.json nor adapter_config.json{hint}"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = config["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.json'}: not a model's configuration") from None
+    if family not in families():
+        raise ValueError(
+            f"{folder}: model family {family!r} is not supported; supported: "
+            f"{', '.join(families())}"
+        )
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
