@@ -42,6 +42,11 @@ class BadSamples:
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
 
+    def forget(self) -> None:
+        """Removes the report of an earlier run in the same folder."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)
+
     def meet(self, found: Iterable[Bad]) -> None:
         """Takes note of the bad samples of one batch."""
         for bad in found:

@@ -7,6 +7,7 @@ place, `section.key=value` overrides win over the file, and nothing in a recipe 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class Recipe:
     @property
     def mode(self) -> str:
         """What trains: lora, full or projector."""
-        return self.model.mode or ("lora" if self.lora is not None else "full")
+        assert self.model.mode is not None
+        return self.model.mode
 
     @property
     def output(self) -> Path:
@@ -50,7 +52,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The resolved sections as plain values; `recipe_from` gives an equal recipe back."""
         sections = {
-            "model": {**to_plain(self.model), "mode": self.mode},
+            "model": to_plain(self.model),
             "data": to_plain(self.data),
             "lora": to_plain(self.lora),
             "prune": self.prune.to_dict() if self.prune is not None else None,
@@ -106,8 +108,10 @@ def _build(values: dict[str, Any]) -> Recipe:
     for section, key in (("model", "path"), ("data", "train"), ("trainer", "output_dir")):
         if values[section].get(key) is None:
             raise ValueError(f"{section}: {section}.{key} is missing")
+    model = from_mapping(ModelSection, values["model"], "model")
+    mode = model.mode or ("lora" if "lora" in values else "full")
     recipe = Recipe(
-        model=from_mapping(ModelSection, values["model"], "model"),
+        model=dataclasses.replace(model, mode=mode),
         data=from_mapping(DataSection, data, "data"),
         trainer=check_trainer(values["trainer"]),
         lora=from_mapping(LoraSection, values["lora"], "lora") if "lora" in values else None,

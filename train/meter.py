@@ -22,11 +22,13 @@ class Meter:
 
     Args:
         attached: the pruner, or None for a dense run.
+        image_token_id: the placeholder of a visual token.
     """
 
-    def __init__(self, attached: Any | None) -> None:
+    def __init__(self, attached: Any | None, image_token_id: int) -> None:
         self.attached = attached
-        self._tokens: list[torch.Tensor] = []
+        self.image_token_id = image_token_id
+        self._seen: list[torch.Tensor] = []
         self._steps = 0
         self._time = 0.0
         self._sums = [0.0] * 5
@@ -38,9 +40,10 @@ class Meter:
         self._reset()
         self._mark = time.perf_counter()
 
-    def batch(self, attention_mask: torch.Tensor) -> None:
-        """A batch enters; kept as a tensor so that a device is not waited for."""
-        self._tokens.append(attention_mask.sum())
+    def batch(self, batch: dict[str, torch.Tensor]) -> None:
+        """A batch enters; counted as tensors so that a device is not waited for."""
+        visual = batch["input_ids"] == self.image_token_id
+        self._seen.append(torch.stack([batch["attention_mask"].sum(), visual.sum()]))
 
     def step(self) -> None:
         """An optimizer step ends."""
@@ -56,10 +59,10 @@ class Meter:
     def read(self, accelerator: Any) -> dict[str, float]:
         """The numbers of all ranks since the last call; every rank must call it."""
         device = accelerator.device
-        tokens = float(sum(int(count) for count in self._tokens))
+        seen = torch.stack(self._seen).sum(0).tolist() if self._seen else [0, 0]
         self._collect()
         precise = torch.float32 if device.type == "mps" else torch.float64
-        own = torch.tensor([tokens, *self._sums], dtype=precise, device=device)
+        own = torch.tensor([*seen, *self._sums], dtype=precise, device=device)
         sums = accelerator.reduce(own, "sum").tolist()
         peaks = torch.tensor([self._time, peak_memory(device)]).to(device)
         seconds, peak = accelerator.gather(peaks[None]).amax(0).tolist()
@@ -89,27 +92,37 @@ class Meter:
         if self.attached is None:
             return
         t = self.attached.totals
-        found = (t.visual_in, t.visual_stage1, t.visual_stage2, t.layer_tokens, t.tokens_in)
+        found = (t.tokens_in, t.visual_in, t.visual_stage1, t.visual_stage2, t.layer_tokens)
         self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
         self._layers = max(self._layers, t.layers)
         t.reset()
 
     def _shares(
-        self, tokens: float, visual: float, stage1: float, stage2: float, layer: float, seen: float
+        self,
+        tokens: float,
+        visual: float,
+        tokens_pruned: float,
+        visual_pruned: float,
+        stage1: float,
+        stage2: float,
+        layer: float,
     ) -> dict[str, float]:
-        """Shares from sums over ranks; what the pruner has not seen ran whole."""
-        if self.attached is None or not self._layers:
+        """Shares from sums over ranks; forwards the pruner left alone kept everything."""
+        if self.attached is None:
             return {"layer_average": 1.0}
-        whole = (tokens - seen) * self._layers
-        shares = {"layer_average": (layer + whole) / max(tokens * self._layers, 1.0)}
+        layers = max(self._layers, 1)
+        whole = (tokens - tokens_pruned) * layers
+        shares = {"layer_average": (layer + whole) / max(tokens * layers, 1.0)}
         if visual:
-            shares |= {"kept_stage1": stage1 / visual, "kept_stage2": stage2 / visual}
+            rest = visual - visual_pruned
+            shares["kept_stage1"] = (stage1 + rest) / visual
+            shares["kept_stage2"] = (stage2 + rest) / visual
         if self.attached.keep is not None:
             shares["keep"] = float(self.attached.keep)
         return shares
 
     def _reset(self) -> None:
-        self._tokens, self._steps, self._time = [], 0, 0.0
+        self._seen, self._steps, self._time = [], 0, 0.0
         self._sums = [0.0] * 5
         if self.attached is not None:
             self.attached.totals.reset()

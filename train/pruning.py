@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
-from itprune import Calibration, PromptFormat, attach, calibrate
+from itprune import PromptFormat, attach, calibrate
+from itprune.checkpoint import PrunerRecord, save_pruner
 from train.config import RECIPE_NAME, Recipe
 from train.data.collate import BAD, Collator
 from train.data.dataset import SampleDataset
 
-PRUNER_NAME = "pruner.json"
 CALIBRATION_SAMPLES = 256
 CALIBRATION_BATCH = 4
 
@@ -36,11 +35,7 @@ def attach_pruner(
     """
     if recipe.prune is None:
         return None
-    known = checkpoint / PRUNER_NAME if checkpoint is not None else None
-    calibration = None
-    if known is not None:
-        stored = json.loads(known.read_text(encoding="utf-8"))["calibration"]
-        calibration = Calibration.from_dict(stored) if stored is not None else None
+    calibration = PrunerRecord.read(checkpoint).calibration if checkpoint is not None else None
     prompt = PromptFormat.from_processor(processor)
     return attach(model, recipe.prune, prompt=prompt, calibration=calibration)
 
@@ -75,6 +70,8 @@ class CalibrateCallback(TrainerCallback):
 def save_beside(folder: Path, processor: Any, attached: Any | None, recipe: Recipe) -> None:
     """Writes pruner, processor and recipe beside the weights; the recipe last, as the seal."""
     processor.save_pretrained(folder)
+    if attached is not None:
+        save_pruner(folder, attached, recipe.to_dict())
     write_recipe(folder, recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
@@ -55,7 +56,7 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     set_seed(args.seed)  # adapters start from random numbers, which must be the same everywhere
     model = load_model(recipe, bf16=args.bf16)
     attached = attach_pruner(model, recipe, processor, checkpoint)
-    meter = Meter(attached)
+    meter = Meter(attached, processor.image_token_id)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
     if needs_calibration(attached):
         workers = args.dataloader_num_workers
@@ -77,11 +78,9 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
         blank=blank_image(processor) if trains_images(model) else None,
         save_beside=lambda folder: save_beside(folder, processor, attached, recipe),
     )
-    if checkpoint is not None:
-        bad.restore()
+    bad.restore() if checkpoint is not None else bad.forget()
     if writes:
-        if checkpoint is not None:
-            print(f"going on from {checkpoint}")
+        print(describe(recipe, trainer, checkpoint))
         write_recipe(recipe.output, recipe)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     bad.settle()
@@ -89,3 +88,17 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     trainer.save_state()
     if writes:
         save_beside(recipe.output, processor, attached, recipe)
+
+
+def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> str:
+    """One line on what is about to run."""
+    weights = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trained = sum(count for count, trains in weights if trains)
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    keep = "dense" if recipe.prune is None else f"keep {recipe.prune.to_dict()['keep']}"
+    return (
+        f"{recipe.mode}, {keep}: training {trained:,} of {sum(n for n, _ in weights):,} weights, "
+        f"{trainer.args.world_size} process(es) on {trainer.args.device.type}"
+        + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
+        + (f", going on from {checkpoint}" if checkpoint is not None else "")
+    )

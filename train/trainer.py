@@ -53,7 +53,7 @@ class PruneTrainer(Trainer):
             self.bad.meet(found)
             if "input_ids" not in batch:
                 raise ValueError(self.bad.verdict(found[-1]))
-            self.meter.batch(batch["attention_mask"])
+            self.meter.batch(batch)
             yield batch
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

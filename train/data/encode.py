@@ -126,7 +126,7 @@ class Encoder:
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The conversation as text, and the characters that are supervised."""
         text, marks = self._template(messages, marks=self.has_marks)
-        spans = []
+        spans: list[Span] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue

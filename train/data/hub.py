@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from train.data.messages import record_sample
-from train.data.sample import Sample
+from train.data.sample import BadSample, Sample
 
 
 class DatasetRecords:
@@ -37,7 +39,11 @@ class DatasetRecords:
         return f"{self.name}, row {index}"
 
     def sample(self, index: int) -> Sample:
-        return record_sample(self._rows[index])
+        try:
+            row = self._rows[index]
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise BadSample(f"the row cannot be read ({error})") from None
+        return record_sample(row)
 
 
 def _load(name: str, split: str) -> Any:

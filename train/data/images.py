@@ -54,9 +54,10 @@ class ImageOpener:
             if self.strict:
                 raise BadSample(f"absolute image path {name!r}, but data.image_root is set")
             return Path(name)
-        if ".." in Path(os.path.normpath(name)).parts:
+        inside = Path(os.path.normpath(name))
+        if ".." in inside.parts:
             raise BadSample(f"image path {name!r} leaves {self.root}")
-        return self.root / name
+        return self.root / inside
 
 
 def _open(source: Path | io.BytesIO, name: str) -> Image.Image:

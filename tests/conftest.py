@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests. Nothing here touches a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaVA (float32) whose template marks and ends the assistant turns."""
+    from tests.tiny_llava import build_folder
+
+    return build_folder(tmp_path_factory.mktemp("tiny_llava"))

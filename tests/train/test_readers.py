@@ -1,0 +1,169 @@
+"""Readers: every layout becomes the same sample, and every fault has its sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.train.helpers import turn
+from train.data.dataset import read_records
+from train.data.images import MAX_PIXELS, ImageOpener
+from train.data.llava import LlavaRecords, llava_sample
+from train.data.messages import JsonlRecords, record_sample
+from train.data.sample import IMAGE, BadSample, Sample, Turn
+from train.sections import DataSection
+
+ASKED = [turn("human", "<image>\nWhat?"), turn("gpt", "A dog.")]
+
+
+def test_llava_and_messages_give_the_same_sample() -> None:
+    llava = llava_sample({"id": "1", "image": "a.png", "conversations": ASKED})
+    text = record_sample(
+        {
+            "images": ["a.png"],
+            "messages": [
+                {"role": "user", "content": "<image>\nWhat?"},
+                {"role": "assistant", "content": "A dog."},
+            ],
+        }
+    )
+    typed = record_sample(
+        {
+            "images": ["a.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+            ],
+        }
+    )
+    turns = (Turn("user", (IMAGE, "What?")), Turn("assistant", ("A dog.",)))
+    assert llava == text == typed == Sample(turns, ("a.png",))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"conversations": ASKED}, "1 <image> in the text but 0 images"),
+        ({"image": ["a", "b"], "conversations": ASKED}, "1 <image> in the text but 2 images"),
+        ({"conversations": []}, "conversation is empty"),
+        ({}, "must be a list"),
+        ({"conversations": [turn("human", "Hi")]}, "no assistant turn"),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", " ")]}, "assistant turn is empty"),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", "<image>")]}, "assistant turn"),
+        ({"conversations": [turn("robot", "Hi")]}, "unknown role 'robot'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "must be text, got int"),
+        ([], "must be an object"),
+    ],
+)
+def test_a_bad_record_says_why(record: object, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        llava_sample(record)
+
+
+def test_llava_file_is_read_record_by_record(tmp_path: Path) -> None:
+    records = [{"id": "é", "conversations": [turn("human", "a"), turn("gpt", f"ü{i}")]}
+               for i in range(3)]  # fmt: skip
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(records, indent=1, ensure_ascii=False))
+    read = LlavaRecords(path)
+    assert len(read) == 3
+    assert [read.sample(i).turns[1].parts for i in (2, 0)] == [("ü2",), ("ü0",)]
+    path.write_text("[ ]")
+    assert len(LlavaRecords(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('[\n{"id": 1},\n{"id": }\n]', r"d.json:3: not valid JSON"),
+        ('[\n{"id": 1}\n{"id": 2}]', r"d.json:3: not valid JSON \(expected , or \]\)"),
+        ('[\n{"id": 1}', r"d.json:2: not valid JSON"),
+        ('[{"id": 1}]\n7', r"d.json:\d: not valid JSON \(text after"),
+        ('{"id": 1}', "must be one JSON list"),
+        ("", "must be one JSON list"),
+    ],
+)
+def test_a_syntax_error_names_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        LlavaRecords(path)
+
+
+def test_a_broken_line_of_jsonl_is_one_bad_sample(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    good = json.dumps({"messages": [{"role": "user", "content": "a"},
+                                    {"role": "assistant", "content": "b"}]})  # fmt: skip
+    path.write_text(f"{good}\n\n{{broken\n{good}\n")
+    records = JsonlRecords(path)
+    assert len(records) == 3
+    assert records.where(1) == f"{path}:3"
+    with pytest.raises(BadSample, match="not valid JSON"):
+        records.sample(1)
+    assert records.sample(2).images == ()
+
+
+def test_datasets_folders_and_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "messages": [[{"role": "user", "content": "<image> a"},
+                      {"role": "assistant", "content": "b"}]] * 2,
+        "images": [["x.png"], ["y.png"]],
+    }  # fmt: skip
+    table = datasets.Dataset.from_dict(rows)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("saved", "t.parquet"):
+        records = read_records(str(tmp_path / name), DataSection(train=("x",)))
+        assert len(records) == 2
+        assert records.sample(1).images == ("y.png",)
+        assert records.sample(1).turns[0].parts == (IMAGE, "a")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="needs a column `messages`"):
+        read_records(str(tmp_path / "other"), DataSection(train=("x",)))
+
+
+def test_a_wrong_path_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("no.json", "no.jsonl", "no.parquet", "no.txt"):
+        with pytest.raises(ValueError, match="no such data file"):
+            read_records(str(tmp_path / name), DataSection(train=("x",)))
+
+
+def test_images_stay_in_their_folder(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("L", (3, 2)).save(root / "a.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "b.png")
+    opener = ImageOpener(root, strict=True)
+    assert opener("a.png").mode == "RGB"
+    assert opener("x/../a.png").size == (3, 2)
+    for name, reason in [
+        ("../b.png", "leaves"),
+        ("x/../../b.png", "leaves"),
+        (str(tmp_path / "b.png"), "absolute"),
+        ("http://host/a.png", "download it first"),
+        ("none.png", "missing image"),
+    ]:
+        with pytest.raises(BadSample, match=reason):
+            opener(name)
+    assert ImageOpener(root, strict=False)(str(tmp_path / "b.png")).size == (3, 2)
+
+
+def test_unreadable_and_enormous_images_are_refused(tmp_path: Path) -> None:
+    opener = ImageOpener(tmp_path, strict=True)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(BadSample, match="unreadable image"):
+        opener("broken.png")
+    Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)).save(tmp_path / "bomb.png")
+    with pytest.raises(BadSample, match="pixels, more than"):
+        opener("bomb.png")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(BadSample, match="unreadable image"):
+        opener("cut.png")
+    assert opener(whole.read_bytes()).size == (64, 64)
+    assert opener({"bytes": None, "path": "whole.png"}).size == (64, 64)
