@@ -17,6 +17,8 @@ from itprune.options import check_choice, check_fraction, from_mapping, to_plain
 LAYOUTS = ("packed", "padded")
 LABEL_ONLY_LOGITS = ("pruned", "always", "never")
 SHAPES = ("linear", "cosine")
+COMMON = ("method", "keep", "layout", "label_only_logits")
+"""Keys of the `prune` section that every method has."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,13 @@ class PruneConfig:
         """Reads the flat form of YAML and pruner.json."""
         if not isinstance(values, Mapping):
             raise ValueError(f"prune: must be a mapping of options, got {values!r}")
-        common = {f.name for f in dataclasses.fields(cls)} - {"options"}
-        known = {k: v for k, v in values.items() if k in common}
+        known = {k: v for k, v in values.items() if k in COMMON}
         if isinstance(known.get("keep"), str):
             known["keep"] = _number("prune.keep", known["keep"])
         for key in known.keys() - {"keep"}:
             if not isinstance(known[key], str):
                 raise ValueError(f"prune.{key}: must be a name, got {known[key]!r}")
-        return cls(**known, options={k: v for k, v in values.items() if k not in common})
+        return cls(**known, options={k: v for k, v in values.items() if k not in COMMON})
 
     def to_dict(self) -> dict[str, Any]:
         """The flat form; `from_dict` gives an equal config back."""

@@ -62,6 +62,8 @@ def _quantile(curve: Tensor, size: Tensor, q: float) -> Tensor:
 
 def _steepest(curve: Tensor, filled: Tensor, size: Tensor, window: int | None = None) -> Tensor:
     """The window is M/16 values, odd, unless named: without smoothing the first gap always wins."""
+    if curve.shape[1] < 2:
+        return size
     width = window or max(3, curve.shape[1] // 16) | 1
     edge = width // 2
     padded = F.pad(curve[:, None], (edge, edge), mode="replicate")

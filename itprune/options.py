@@ -39,13 +39,16 @@ def check_fraction(where: str, value: float | None) -> None:
         raise ValueError(f"{where}: must be a fraction in (0, 1], got {value!r}")
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def from_mapping(
+    cls: type[T], values: Mapping[str, Any], where: str, siblings: Iterable[str] = ()
+) -> T:
     """Builds the dataclass `cls` from plain values.
 
     Args:
         cls: a dataclass whose field types are plain types, nested dataclasses or unions with None.
         values: what the YAML or JSON held.
         where: the path of the section, for error messages ("prune.stage1").
+        siblings: keys valid beside these but read elsewhere, for the hint in an error message.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type, in one sentence.
@@ -56,7 +59,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            raise ValueError(f"{where}: unknown option {key!r}; {nearest(str(key), names)}")
+            raise ValueError(
+                f"{where}: unknown option {key!r}; {nearest(str(key), [*names, *siblings])}"
+            )
     return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
 
 

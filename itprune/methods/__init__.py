@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from itprune.config import COMMON
 from itprune.methods.base import Method
 from itprune.options import from_mapping, nearest
 
@@ -44,7 +45,7 @@ def build_method(name: str, options: Mapping[str, Any], depth: int) -> Method:
     if name not in _REGISTRY:
         raise ValueError(f"prune.method: unknown method {name!r}; {nearest(name, _REGISTRY)}")
     cls = _REGISTRY[name]
-    return cls(from_mapping(cls.Options, options, "prune"), depth)
+    return cls(from_mapping(cls.Options, options, "prune", COMMON), depth)
 
 
 # Importing a method's file registers it.
