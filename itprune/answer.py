@@ -146,7 +146,7 @@ class Answerer:
         attached = self.loaded.attached
         before = attached.report if attached is not None else None
         clock = Clock(self.model.device)
-        inputs = self._inputs(batch)
+        inputs = self.collate(batch)
         generate: Any = self.model.generate
         try:
             out = generate(
@@ -172,7 +172,7 @@ class Answerer:
         left = self.text_config.max_position_embeddings - encoded.length
         return min(self.decoding.max_new_tokens, left)
 
-    def _inputs(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+    def collate(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """Token tensors padded on the left; image tensors joined along their first axis."""
         width = max(encoded.length for encoded in batch)
         device, dtype = self.model.device, self.model.dtype

@@ -47,7 +47,7 @@ class Decoding:
         return asdict(self)
 
 
-class RowSampler(LogitsProcessor):  # type: ignore[misc]
+class RowSampler(LogitsProcessor):
     """Turns greedy search into sampling, with one random stream per row.
 
     Args:
@@ -74,11 +74,11 @@ def row_seed(seed: int, inputs: Iterable[Tensor]) -> int:
     """A question's own seed, from its tokens and pixels."""
     code = seed & 0xFFFFFFFF
     for tensor in inputs:
-        code = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), code)
+        code = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, code)
     return code
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):
     """Notes when each token of the batch was there. Never stops anything."""
 
     def __init__(self, device: torch.device) -> None:

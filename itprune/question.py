@@ -119,7 +119,9 @@ def _messages(turns: Any, layout: str) -> tuple[tuple[dict[str, Any], ...], list
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"`{layout}` must be a list of turns")
     role, text = ("from", "value") if layout == "conversations" else ("role", "content")
-    messages = [{"role": _role(t.get(role)), "content": _content(t.get(text))} for t in turns]
+    messages: list[dict[str, Any]] = [
+        {"role": _role(turn.get(role)), "content": _content(turn.get(text))} for turn in turns
+    ]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     places = [part for m in messages for part in m["content"] if part["type"] == "image"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from itprune.cli.loading import add_model_options, check_options, load
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from itprune.answer import Answer, Answerer
     from itprune.decoding import Decoding
 
@@ -60,6 +62,9 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+    parser.add_argument(
+        "--retry", action="store_true", help="ask the lines again that failed in an earlier run"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -133,15 +138,35 @@ def describe(answer: Answer) -> str:
 # ------------------------------------------------------------------------------------- a file
 def _run_file(args: argparse.Namespace) -> int:
     from itprune.cli.answer_file import AnswerFile
-    from itprune.cli.answer_lines import Summary, answer_lines
+    from itprune.cli.answer_lines import answer_lines
     from itprune.cli.question_lines import QuestionLines
 
-    check_options(args)
+    check_file_options(args)
     source = QuestionLines.from_options(args, decoding(args))
-    with AnswerFile.open(args.output, source.path) as output:
+    with AnswerFile.open(args.output, source.path, args.retry) as output:
         left = output.left_over(source)
-        summary = Summary()
-        if left.any:
+        first = next(left, None)
+        if first is not None:
             answerer = load_answerer(args)
-            summary = answer_lines(answerer, left, output.write, args.batch_size, args.quiet)
-    return summary.tell(Path(args.output) if output.path else None)
+            with progress(source.count(), len(output.done), args.quiet) as bar:
+                lines = itertools.chain([first], left)
+                answer_lines(answerer, lines, source, output.write, args.batch_size, bar)
+        return output.tell()
+
+
+def check_file_options(args: argparse.Namespace) -> None:
+    """Refuses what cannot work before any file is opened.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: must be at least 1, got {args.batch_size}")
+    check_options(args)
+
+
+def progress(total: int | None, done: int, quiet: bool) -> tqdm[Any]:
+    """A bar of lines on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, disable=quiet, unit="line", file=sys.stderr)
