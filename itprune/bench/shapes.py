@@ -10,6 +10,7 @@ the larger the share, the longer the tail of its curve and the fewer tokens it k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -178,7 +179,8 @@ def build_model(shape: Shape, training: bool) -> nn.Module:
 def _bend_curves(model: PreTrainedModel) -> nn.Module:
     """Makes the scoring attention steep; returns the tower."""
     family = find_family(model)
-    for projection in (family.feature_attention.q_proj, family.feature_attention.k_proj):
+    attention: Any = family.feature_attention
+    for projection in (attention.q_proj, attention.k_proj):
         projection.weight.mul_(CURVE_GAIN**0.5)
     return family.tower
 

@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
         help="CPU threads; default 1, where CPU seconds are measured; more: the wall clock",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,124 @@
+"""The bench: its records are complete and its counts right. No test looks at a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from itprune.bench import bench_infer, bench_train
+from itprune.bench.counting import SavedBytes, count_flops
+from itprune.bench.shapes import SHAPES, find_shape
+from itprune.cli import bench as command
+
+TRAIN = (
+    "dense",
+    "dense_label_logits",
+    "pruned_padded",
+    "pruned_packed",
+    "two_stage_packed",
+    "attached_keep_1",
+)
+
+
+def run(*args: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return command.run(parser.parse_args(["bench", *args]))
+
+
+def numbers(row: dict) -> list[float]:
+    return [value for value in row.values() if isinstance(value, int | float)]
+
+
+def test_train_writes_a_complete_record(tmp_path, capsys) -> None:
+    path = tmp_path / "bench.json"
+    threads = torch.get_num_threads()
+    assert run("train", "--shape", "tiny", "--repeats", "2", "--json", str(path)) == 0
+    assert torch.get_num_threads() == threads
+    record = json.loads(path.read_text())
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert tuple(rows) == TRAIN
+    assert {"machine", "versions", "shape", "batch"} <= set(record)
+    for row in rows.values():
+        assert {"step_s", "speedup", "flop_speedup", "peak_mb"} <= set(row)
+        assert all(math.isfinite(n) for n in numbers(row))
+        assert row["step_s"] > 0
+        assert row["peak_mb"] > 0
+    assert rows["dense"]["speedup"] == rows["dense"]["flop_speedup"] == 1
+    assert rows["attached_keep_1"]["flop_speedup"] == 1
+    assert rows["attached_keep_1"]["peak_mb"] == rows["dense"]["peak_mb"]
+    assert 1 < rows["dense_label_logits"]["flop_speedup"] < rows["pruned_padded"]["flop_speedup"]
+    assert rows["pruned_padded"]["flop_speedup"] < rows["pruned_packed"]["flop_speedup"]
+    assert rows["pruned_packed"]["peak_mb"] < rows["dense_label_logits"]["peak_mb"]
+    shown = capsys.readouterr().out
+    assert all(f"| {name} " in shown for name in TRAIN)
+
+
+def test_pruned_variants_meet_the_target_with_counts_that_differ() -> None:
+    record = bench_train("tiny", batch=8, repeats=1)
+    rows = {row["variant"]: row for row in record["rows"]}
+    for name in ("pruned_padded", "pruned_packed", "two_stage_packed"):
+        assert rows[name]["visual_layer_average"] == pytest.approx(0.22, abs=0.02)
+        assert rows[name]["selection_s"] > 0
+        kept = rows[name]["visual_stage1"]
+        assert max(kept) >= 2 * min(kept)
+    assert rows["dense"]["selection_s"] == 0
+
+
+def test_infer_stores_what_the_report_says() -> None:
+    record = bench_infer("tiny", batches=(1, 3), repeats=1, new_tokens=2)
+    assert {row["batch"] for row in record["rows"]} == {1, 3}
+    for row in record["rows"]:
+        assert row["kv_as_reported"]
+        assert all(math.isfinite(n) for n in numbers(row))
+        if row["variant"] != "dense":
+            assert row["prefill_flop_speedup"] > 1
+            assert row["decode_flop_speedup"] > 1
+            assert row["kv_ratio"] > 1
+        if row["batch"] == 1:
+            assert row["kv_mb"] == row["kv_filled_mb"]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_attention_on_a_cpu_is_counted(mask: bool) -> None:
+    query, key, value = (torch.randn(2, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
+    seen = torch.ones(24, 24, dtype=torch.bool).tril() if mask else None
+
+    def attend() -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, seen, is_causal=not mask, enable_gqa=True
+        )
+
+    product = 2 * 2 * 4 * 24 * 24 * 8  # multiply-adds of q k^T: B, H, Lq, Lk, d
+    assert count_flops(attend) == 2 * product
+    out = attend()
+    assert count_flops(lambda: out.sum().backward()) == 5 * product
+
+
+def test_saved_bytes_count_activations_once() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with SavedBytes(layer) as saved:
+        (layer(x) * x).sum()
+    assert saved.total == 2 * 4 * 8 * 4  # x, kept by both products, and the output
+
+
+def test_impossible_orders_are_one_sentence(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"--shape.*tiny"):
+        bench_train("tniy")
+    with pytest.raises(ValueError, match="--repeats: must be at least 1"):
+        run("train", "--repeats", "0")
+    with pytest.raises(ValueError, match="there is no folder"):
+        run("train", "--json", str(tmp_path / "none" / "bench.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusal of a machine without a GPU")
+def test_a_shape_for_gpus_is_refused_without_one() -> None:
+    assert SHAPES["llava-1.5-7b"].gpu_gib > 0
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU with 40 GiB"):
+        find_shape("llava-1.5-7b")
