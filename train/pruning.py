@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
@@ -100,9 +99,3 @@ def calibration_batches(
         batch.pop(BAD)
         if "input_ids" in batch:
             yield batch
-
-
-def blank_image(processor: Any) -> dict[str, torch.Tensor]:
-    """The image inputs of one blank image."""
-    image = Image.new("RGB", (64, 64))
-    return dict(processor.image_processor(images=[image], return_tensors="pt"))

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.arguments import on_cpu, training_arguments
 from train.bad_samples import BadSamples
+from train.blank import BlankImage
 from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
@@ -19,7 +21,6 @@ from train.model import load_model, load_processor, trains_images
 from train.pruning import (
     CalibrateCallback,
     attach_pruner,
-    blank_image,
     calibration_batches,
     needs_calibration,
     save_beside,
@@ -55,6 +56,8 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
 
     set_seed(args.seed)  # adapters start from random numbers, which must be the same everywhere
     model = load_model(recipe, bf16=args.bf16)
+    if trains_images(model) or is_deepspeed_zero3_enabled():
+        BlankImage(model, processor)
     attached = attach_pruner(model, recipe, processor, checkpoint)
     meter = Meter(attached, processor.image_token_id)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
@@ -75,7 +78,6 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
         callbacks=callbacks,
         meter=meter,
         bad=bad,
-        blank=blank_image(processor) if trains_images(model) else None,
         save_beside=lambda folder: save_beside(folder, processor, attached, recipe),
     )
     bad.restore() if checkpoint is not None else bad.forget()

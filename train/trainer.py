@@ -1,7 +1,6 @@
 """PruneTrainer: transformers' Trainer plus what pruning needs, and nothing else.
 
-Added are: the numbers beside the loss, bad samples taken out of batches, a text-only batch that
-still runs the vision modules (so that ranks never wait for each other), and checkpoints that carry
+Added are: the numbers beside the loss, bad samples taken out of batches, and checkpoints that carry
 the pruner. The keep schedule moves in a callback.
 """
 
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from train.bad_samples import BadSamples
@@ -25,7 +23,6 @@ class PruneTrainer(Trainer):
     Args:
         meter: collects the numbers logged beside the loss.
         bad: the samples that were skipped.
-        blank: image inputs of one blank image, when weights train that only images reach.
         save_beside: writes pruner, processor and recipe into a folder (main process only).
     """
 
@@ -34,14 +31,12 @@ class PruneTrainer(Trainer):
         *args: Any,
         meter: Meter,
         bad: BadSamples,
-        blank: dict[str, torch.Tensor] | None,
         save_beside: Callable[[Path], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.meter = meter
         self.bad = bad
-        self.blank = blank
         self.save_beside = save_beside
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
@@ -60,17 +55,7 @@ class PruneTrainer(Trainer):
         found = inputs.pop(BAD, None)
         if "input_ids" not in inputs:
             raise ValueError(f"data.val: too many bad samples, such as {found[-1][1:]}")
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.blank is None or "pixel_values" in inputs or isinstance(loss, tuple):
-            return loss
-        return loss + 0.0 * self._blank_features(self.blank).sum()
-
-    def _blank_features(self, blank: dict[str, torch.Tensor]) -> Any:
-        from train.model import base_of
-
-        inputs = {key: value.to(self.args.device) for key, value in blank.items()}
-        features = base_of(self.model).get_image_features(**inputs).pooler_output
-        return features[0] if isinstance(features, list | tuple) else features
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.meter.pause()

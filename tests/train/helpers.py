@@ -23,7 +23,7 @@ def picture(colour: str, width: int, rng: random.Random) -> Image.Image:
     return Image.blend(Image.new("RGB", noise.size, colour), noise, 0.5)
 
 
-def write_data(folder: Path, count: int = 24, seed: int = 0) -> Path:
+def write_data(folder: Path, count: int = 24, seed: int = 0, text_every: int = 5) -> Path:
     """LLaVA JSON with images, text-only rows, multi-turn rows and answers of uneven length."""
     rng = random.Random(seed)
     records = []
@@ -31,7 +31,7 @@ def write_data(folder: Path, count: int = 24, seed: int = 0) -> Path:
     for i in range(count):
         colour = rng.choice(COLOURS)
         record: dict[str, Any] = {"id": str(i)}
-        if i % 5 == 4:
+        if i % text_every == text_every - 1:
             turns = [turn("human", "What is 1?"), turn("gpt", "1 is a number. " * (1 + i % 3))]
         else:
             picture(colour, 60 + i, rng).save(folder / f"images/{i}.png")
