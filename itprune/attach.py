@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from itprune.methods import build_method
 from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
 from itprune.report import Report, Totals
+from itprune.trace import Trace
 
 
 class Attached:
@@ -70,6 +72,15 @@ class Attached:
     def set_progress(self, progress: float) -> None:
         """Moves a scheduled `keep` to training progress 0..1."""
         self.method.keep = self.config.keep_at(progress)
+
+    @contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Records the choices of the forwards inside, the last one's in the end."""
+        self._engine.trace = trace = Trace()
+        try:
+            yield trace
+        finally:
+            self._engine.trace = None
 
     def detach(self) -> None:
         """Gives the model back exactly as it was."""

@@ -262,3 +262,18 @@ def test_pixels_without_token_ids_are_refused() -> None:
     embeds = model.get_input_embeddings()(data["input_ids"])
     with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=embeds, pixel_values=data["pixel_values"])
+
+
+def test_a_trace_shows_what_was_chosen() -> None:
+    model, data = tiny_llava(), batch()
+    attached = attach(model, PruneConfig(keep=0.4), prompt=PROMPT)
+    with attached.tracing() as trace:
+        model(**prompts(data))
+    assert trace.lens.tolist() == [PATCHES] * 4
+    assert len(trace.score) == len(trace.keep) == 4 * PATCHES
+    report = attached.report
+    assert {k: v.sum(1).tolist() for k, v in trace.alive.items()} == report.drops
+    assert torch.equal(trace.alive[0][trace.visual], trace.keep)
+    before = trace.keep
+    model(**prompts(batch(ROWS[:1])))
+    assert trace.keep is before

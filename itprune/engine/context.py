@@ -23,6 +23,7 @@ from itprune.methods.base import Method
 from itprune.ragged import group_sizes
 from itprune.report import Report, Segment
 from itprune.tokens import LayerTokens
+from itprune.trace import Trace
 
 CONTEXT = "itprune_context"
 
@@ -100,12 +101,23 @@ class Context:
         rows = self.rows_at[-1]
         return hidden if rows is None else rows.scatter(hidden)
 
-    def close(self) -> Report | None:
+    def close(self, trace: Trace | None) -> Report | None:
         """Ends the forward; the report of what was kept."""
         self.tapped.clear()
         if self.method is None or len(self.rows_at) < self.depth:
             return None
+        if trace is not None:
+            self._fill(trace)
         return self._report()
+
+    def _fill(self, trace: Trace) -> None:
+        trace.visual = self.sequence.visual
+        trace.alive = {}
+        for index in (0, *self.moves):
+            rows, alive = self.rows_at[index], self.sequence.valid
+            if rows is not None:
+                alive = torch.zeros_like(alive).reshape(-1).index_fill(0, rows.token, True)
+            trace.alive[index] = alive.view_as(self.sequence.valid)
 
     # ------------------------------------------------------------------------ decisions
     def _decide(self, index: int) -> None:

@@ -36,6 +36,7 @@ from itprune.families.base import Family
 from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
 from itprune.report import Report, Totals
+from itprune.trace import Trace
 
 
 class Engine:
@@ -53,6 +54,7 @@ class Engine:
         self.family, self.method, self.config, self.prompt = family, method, config, prompt
         self.report: Report | None = None
         self.totals = Totals()
+        self.trace: Trace | None = None
         self._text = family.text_model
         self._depth = len(family.layers)
         self._sliding = _slides(self._text.config)
@@ -139,7 +141,7 @@ class Engine:
         if self.method.idle or not self.method.acts_before_llm:
             return
         pixels = pixels_of(args, kwargs)
-        self._vision = VisionPass(self.family, pixels, self._protected_visual())
+        self._vision = VisionPass(self.family, pixels, self._protected_visual(), trace=self.trace)
 
     def _protected_visual(self) -> Tensor | None:
         request = self._request
@@ -224,7 +226,7 @@ class Engine:
 
     def _close_context(self, text: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         context: Context | None = kwargs.get(CONTEXT)
-        report = context.close() if context is not None else None
+        report = context.close(self.trace) if context is not None else None
         if report is not None:
             self.report = report
             self.totals.add(report)

@@ -18,6 +18,9 @@ from itprune.families.base import Family
 from itprune.methods.base import Method
 from itprune.scores import attention_received, cls_attention, cls_attention_full_width, cls_cosine
 from itprune.tokens import Images
+from itprune.trace import Trace
+
+TRACED_SCORE = "attention"
 
 
 @dataclass
@@ -35,6 +38,7 @@ class VisionPass:
     kept: Tensor | None = None
     """(K,) flat index of the features that were projected; None: all."""
     shape: torch.Size = field(default_factory=torch.Size)
+    trace: Trace | None = None
     open: bool = True
 
     # ------------------------------------------------------------------------ gathering
@@ -58,6 +62,9 @@ class VisionPass:
         images = self._images(features)
         kept = method.before_llm(images)
         keep = kept.keep if self.protected is None else kept.keep | self.protected
+        if self.trace is not None:
+            self.trace.score, self.trace.lens = self._salience(TRACED_SCORE), images.lens
+            self.trace.keep = keep
         self.query = self.key = self.hidden = None
         if bool(keep.all()) and kept.features is None:
             return features
