@@ -39,7 +39,9 @@ class HashChoice(Method):
         return self.options.after
 
     def before_llm(self, images: Images) -> Kept:
-        index = torch.arange(len(images.image)) - (images.lens.cumsum(0) - images.lens)[images.image]
+        index = (
+            torch.arange(len(images.image)) - (images.lens.cumsum(0) - images.lens)[images.image]
+        )
         share = self.options.image - 0.2 * (images.fingerprint % 2)[images.image]
         return Kept(_hash(index, 1) < share)
 

@@ -195,7 +195,12 @@ def test_later_layers_really_see_fewer_tokens() -> None:
     assert len(report.drops) == 3
     assert seen[0] > seen[2] > seen[4]
     assert report.kv_entries == [
-        sum(tokens[i] for tokens in map(lambda k: report.drops[max(s for s in report.drops if s <= k)], range(DEPTH)))
+        sum(
+            tokens[i]
+            for tokens in map(
+                lambda k: report.drops[max(s for s in report.drops if s <= k)], range(DEPTH)
+            )
+        )
         for i in range(len(ROWS))
     ]
 
