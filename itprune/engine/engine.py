@@ -204,7 +204,11 @@ class Engine:
         plain = not self._sliding and (
             mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         )
-        sequence = self._sequence(request, tuple(embeds.shape[:2]), embeds.device)
+        samples, length = embeds.shape[:2]
+        if active:
+            sequence = self._sequence(request, (samples, length), embeds.device)
+        else:  # nothing is chosen: a decoding step needs to know no more than the padding
+            sequence = request.padding((samples, length), embeds.device)
         packed = self.config.layout == "packed" and plain and past == 0
         return Context(
             sequence=sequence,

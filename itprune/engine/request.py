@@ -79,12 +79,11 @@ class Request:
     ) -> Sequence:
         """The facts about each of the (B, S) positions."""
         samples, length = shape
-        place = torch.arange(length, device=device).expand(samples, -1)
-        blank = torch.zeros(shape, dtype=torch.bool, device=device)
-        mask = self.padding_mask
-        valid = ~blank if mask is None else mask[:, -length:].bool().to(device)
+        plain = self.padding(shape, device)
         if self.ids is None or self.ids.shape[1] < length:
-            return Sequence(valid, blank, blank, blank, blank, mask)
+            return plain
+        valid, blank, mask = plain.valid, plain.visual, self.padding_mask
+        place = torch.arange(length, device=device).expand(samples, -1)
         ids = self.ids[:, -length:]
         visual = torch.isin(ids, torch.tensor(visual_ids, device=device)) & valid
         supervised = blank if self.targets is None else self.targets != IGNORE
@@ -97,6 +96,13 @@ class Request:
         return Sequence(
             valid, visual, protected, instruction, _asks(visual, instruction, end), mask
         )
+
+    def padding(self, shape: tuple[int, int], device: torch.device) -> Sequence:
+        """Which of the (B, S) positions are real, and nothing else about them."""
+        blank = torch.zeros(shape, dtype=torch.bool, device=device)
+        mask = self.padding_mask
+        valid = ~blank if mask is None else mask[:, -shape[1] :].bool().to(device)
+        return Sequence(valid, blank, blank, blank, blank, mask)
 
     def _first_answer(self, ids: Tensor, prompt: PromptFormat, last: Tensor) -> Tensor:
         """(B,) where the first assistant turn begins: by template, by labels, or the end."""
