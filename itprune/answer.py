@@ -140,8 +140,6 @@ class Answerer:
         Raises:
             ValueError: the model refuses one of them, or memory does not suffice.
         """
-        if not batch:
-            return []
         rooms = [self._room(encoded) for encoded in batch]
         attached = self.loaded.attached
         before = attached.report if attached is not None else None

@@ -60,4 +60,6 @@ def _short_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        for kind in (FutureWarning, DeprecationWarning):  # for developers
+            warnings.filterwarnings("ignore", category=kind)
         yield

@@ -79,6 +79,8 @@ def _finish(answerer: Answerer, entries: Sequence[Entry], write: Write, bar: tqd
 
 def _answer(answerer: Answerer, batch: Sequence[Encoded]) -> list[Answer | dict[str, str]]:
     """One result each. Questions that fail together are asked alone, so that one is to blame."""
+    if not batch:
+        return []
     try:
         return list(answerer.answer(batch))
     except ValueError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itprune.checkpoint import PRUNER_FILE
 from itprune.decoding import Decoding
 from itprune.question import ImageFolder, Question
 
@@ -65,8 +66,10 @@ class QuestionLines:
         """From the options of `itprune infer`."""
         path = None if args.jsonl == STDIN else Path(args.jsonl)
         folder = Path() if path is None else path.parent
+        pruner = Path(args.model) / PRUNER_FILE
         settings = {
             "model": str(Path(args.model).resolve()),
+            "pruner": pruner.read_text(encoding="utf-8") if pruner.exists() else None,
             "keep": args.keep,
             "method": args.method,
             "dtype": args.dtype,
