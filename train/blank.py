@@ -22,18 +22,21 @@ class BlankImage:
     Args:
         model: the model that trains, PEFT-wrapped or not.
         processor: makes the image inputs.
+        training: also in training mode; else only in evaluation.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, training: bool = True) -> None:
         self.base = base_of(model)
         image = Image.new("RGB", (64, 64))
         self.inputs = dict(processor.image_processor(images=[image], return_tensors="pt"))
+        self.training = training
         self.needed = False
         self.base.register_forward_pre_hook(self._look, with_kwargs=True)
         self.base.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.needed = kwargs.get("pixel_values") is None
+        wanted = self.training or not module.training
+        self.needed = wanted and kwargs.get("pixel_values") is None
 
     def _add(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self.needed:

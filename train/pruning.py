@@ -67,7 +67,7 @@ class CalibrateCallback(TrainerCallback):
 
 
 def save_beside(folder: Path, processor: Any, attached: Any | None, recipe: Recipe) -> None:
-    """Writes pruner, processor and recipe beside the weights; the recipe last, as the seal."""
+    """Writes pruner, processor and recipe beside the weights."""
     processor.save_pretrained(folder)
     if attached is not None:
         save_pruner(folder, attached, recipe.to_dict())

@@ -1,12 +1,13 @@
 """Going on where a run stopped.
 
-A checkpoint counts only when it is complete: its recipe is written last. A run goes on by itself
-when its output folder holds a checkpoint of the same experiment; a folder that holds another
+A checkpoint counts only when it is complete: the trainer writes its state last. A run goes on by
+itself when its output folder holds a checkpoint of the same experiment; a folder that holds another
 experiment is refused, so that nothing is mixed or overwritten by mistake.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,4 +70,10 @@ def differences(
 
 
 def _complete(folder: Path) -> bool:
-    return (folder / RECIPE_NAME).is_file() and (folder / "trainer_state.json").is_file()
+    if not (folder / RECIPE_NAME).is_file():
+        return False
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # the run ended while it was writing
+    return True

@@ -57,7 +57,8 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     set_seed(args.seed)  # adapters start from random numbers, which must be the same everywhere
     model = load_model(recipe, bf16=args.bf16)
     if trains_images(model) or is_deepspeed_zero3_enabled():
-        BlankImage(model, processor)
+        # In training on several ranks the pruner does the same by itself.
+        BlankImage(model, processor, training=recipe.prune is None or args.world_size == 1)
     attached = attach_pruner(model, recipe, processor, checkpoint)
     meter = Meter(attached, processor.image_token_id)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
@@ -88,8 +89,8 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     bad.settle()
     trainer.save_model()
     trainer.save_state()
-    if writes:
-        save_beside(recipe.output, processor, attached, recipe)
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves first would end the others
+    trainer.accelerator.end_training()
 
 
 def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> str:

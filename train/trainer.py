@@ -70,11 +70,10 @@ class PruneTrainer(Trainer):
             logs["bad_samples"] = len(self.bad)
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            self.save_beside(folder)
+            self.save_beside(Path(output_dir or self.args.output_dir))
 
 
 class StepCallback(TrainerCallback):

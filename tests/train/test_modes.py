@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.train.helpers import recipe_values, write_recipe
+from train.blank import BlankImage
 from train.config import Recipe, load_recipe
 from train.model import load_model, load_processor, trains_images
 
@@ -66,6 +67,22 @@ def test_full_mode_freezes_the_named_parts(make: Any) -> None:
     everything = ["projector", "language", "vision"]
     with pytest.raises(ValueError, match="nothing would train"):
         load_model(make(lora=None, model={"freeze": everything}), False)
+
+
+def test_a_blank_image_lets_text_reach_every_trained_weight(make: Any) -> None:
+    recipe = make()
+    processor = load_processor(recipe.model.path)
+    model = load_model(recipe, bf16=False)
+    batch = dict(processor(text=["USER: What is 1? ASSISTANT: One."], return_tensors="pt"))
+    plain = model(**batch, labels=batch["input_ids"]).loss
+    BlankImage(model, processor)
+    blank = model(**batch, labels=batch["input_ids"]).loss
+    blank.backward()
+    assert torch.equal(plain, blank)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(gradient is None for gradient in gradients.values())
+    projector = [g for n, g in gradients.items() if "projector" in n and g is not None]
+    assert not any(gradient.any() for gradient in projector)
 
 
 def test_a_wrong_base_model_is_one_sentence(

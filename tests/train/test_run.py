@@ -112,8 +112,9 @@ def test_a_resumed_run_has_the_same_curve(train: Any, prune: Any) -> None:
     expected = losses(whole)
     shutil.rmtree(whole / "checkpoint-9")
     shutil.rmtree(whole / "checkpoint-8")
-    # A run that died while it was saving leaves a folder without its seal.
-    (whole / "checkpoint-8").mkdir()
+    # A run that died while it was saving leaves a folder with half of the trainer's state.
+    shutil.copytree(whole / "checkpoint-4", whole / "checkpoint-8")
+    (whole / "checkpoint-8/trainer_state.json").write_text('{"global_step": 8')
     assert losses(train(*options, name="whole")) == expected
 
 
