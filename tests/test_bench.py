@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from itprune.bench import bench_infer, bench_train
 from itprune.bench.counting import SavedBytes, count_flops
 from itprune.bench.shapes import SHAPES, find_shape
+from itprune.bench.train import Measured, _Bench
+from itprune.bench.variants import train_variants
 from itprune.cli import bench as command
 
 TRAIN = (
@@ -68,6 +71,28 @@ def test_pruned_variants_meet_the_target_with_counts_that_differ() -> None:
         kept = rows[name]["visual_stage1"]
         assert max(kept) >= 2 * min(kept)
     assert rows["dense"]["selection_s"] == 0
+
+
+def test_lora_with_gradient_checkpointing_stays_out_of_the_tower() -> None:
+    """The arithmetic of the shape for GPUs, on a tiny one."""
+    shape = replace(SHAPES["tiny"], lora=True)
+    bench = _Bench(shape, batch=2, threads=1)
+    found = {}
+    for variant in train_variants(shape, keep=0.22):
+        found[variant.name] = Measured()
+        bench.count(variant, found[variant.name])
+    for name in ("pruned_packed", "two_stage_packed"):
+        assert found[name].flops < found["dense_label_logits"].flops / 2
+    assert found["attached_keep_1"].flops == found["dense"].flops
+    tower = bench.model.get_base_model().model.vision_tower
+    patches = tower(bench.batch["pixel_values"]).last_hidden_state
+    assert not patches.requires_grad
+    with SavedBytes(bench.model) as saved:
+        loss = bench.forward()
+    assert loss.requires_grad
+    rows = bench.batch["input_ids"].numel() * shape.width * 4
+    logits = bench.batch["input_ids"].numel() * shape.vocab * 4
+    assert saved.total < 12 * rows + 3 * logits  # not the 20 or so rows that each layer saves
 
 
 def test_infer_stores_what_the_report_says() -> None:

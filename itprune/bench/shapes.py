@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from itprune.attach import base_model
 from itprune.families import find_family
 from itprune.options import check_choice
 
@@ -167,29 +168,38 @@ def build_model(shape: Shape, training: bool) -> nn.Module:
         model = AutoModelForImageTextToText.from_config(
             config, dtype=shape.dtype, attn_implementation="sdpa"
         )
-    tower = _bend_curves(model)
+    _bend_curves(model)
     if not training:
         return model.eval()
+    find_family(model).tower.requires_grad_(False)
+    model = _with_lora(model) if shape.lora else model
+    set_train_mode(model)
+    return model
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Training mode for all but the frozen tower."""
     model.train()
-    tower.requires_grad_(False).eval()
-    return _with_lora(model) if shape.lora else model
+    find_family(base_model(model)).tower.eval()
 
 
 @torch.no_grad()
-def _bend_curves(model: PreTrainedModel) -> nn.Module:
-    """Makes the scoring attention steep; returns the tower."""
-    family = find_family(model)
-    attention: Any = family.feature_attention
+def _bend_curves(model: PreTrainedModel) -> None:
+    """Makes the scoring attention steep."""
+    attention: Any = find_family(model).feature_attention
     for projection in (attention.q_proj, attention.k_proj):
         projection.weight.mul_(CURVE_GAIN**0.5)
-    return family.tower
 
 
 def _with_lora(model: PreTrainedModel) -> nn.Module:
     """LLaVA-1.5's recipe: rank 128 on every linear layer of the language model."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    return get_peft_model(model, LoraConfig(r=128, lora_alpha=256, target_modules=targets))
+    wrapped = get_peft_model(model, LoraConfig(r=128, lora_alpha=256, target_modules=targets))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers now makes the input of the frozen tower require a gradient, too: its whole
+    # activations would be kept for a backward pass nobody needs.
+    model.disable_input_require_grads()
+    return wrapped
 
 
 def make_batch(shape: Shape, batch: int, labels: bool) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from itprune.bench.counting import SavedBytes, count_flops, timed_choices
 from itprune.bench.record import MB, Progress, header, tokens_of
-from itprune.bench.shapes import Shape, build_model, find_shape, make_batch
+from itprune.bench.shapes import Shape, build_model, find_shape, make_batch, set_train_mode
 from itprune.bench.timing import Clock, interleave, median, use_threads
 from itprune.bench.variants import Variant, train_variants
 from itprune.report import Report
@@ -60,6 +60,7 @@ class _Bench:
     def count(self, variant: Variant, into: Measured) -> None:
         """Calibrates, then counts FLOPs and memory."""
         variant.calibrate(self.model, self.batch)
+        set_train_mode(self.model)
         with variant.on(self.model) as attached:
             into.flops = count_flops(lambda: self.forward().backward())
             self.optimizer.zero_grad()
