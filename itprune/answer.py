@@ -96,6 +96,7 @@ class Answerer:
         if not self.processor.chat_template:
             raise ValueError("the model's processor has no chat template, so it cannot be asked")
         self.text_config = self.model.config.get_text_config()
+        self.turn_end = self._turn_end()
         self.stops = _stops(self.model.generation_config, self.processor.tokenizer)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
@@ -114,9 +115,7 @@ class Answerer:
         texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
         if any(processor.image_token in text for text in texts):
             raise ValueError(f"the text contains {processor.image_token}, the model's image token")
-        text = processor.apply_chat_template(
-            list(question.messages), tokenize=False, add_generation_prompt=True
-        )
+        text = self._render([self._ended(m) for m in question.messages], prompt=True)
         bos = processor.tokenizer.bos_token
         inputs = processor(
             text=[text],
@@ -131,6 +130,27 @@ class Answerer:
                 f"holds {self.text_config.max_position_embeddings}; shorten it or use fewer images"
             )
         return encoded
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+
+    def _turn_end(self) -> str:
+        """What training writes behind an answer where the template ends no turn (LLaVA-1.5)."""
+        said = "answer"
+        text = self._render([_message("user", "question"), _message("assistant", said)], False)
+        if text.rpartition(said)[2].strip():
+            return ""
+        return self.processor.tokenizer.eos_token or ""
+
+    def _ended(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message of the history as training saw it."""
+        content = message["content"]
+        if message["role"] != "assistant" or not content or content[-1]["type"] != "text":
+            return message
+        end = {"type": "text", "text": content[-1]["text"] + self.turn_end}
+        return {**message, "content": [*content[:-1], end]}
 
     # -------------------------------------------------------------------------------- answer
     @torch.no_grad()
@@ -256,6 +276,10 @@ class Answerer:
                 )
             )
         return answers
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def _per_layer(drops: Mapping[int, list[int]], depth: int, sample: int) -> list[int]:

@@ -48,6 +48,9 @@ class Question:
             raise ValueError("there is no user turn to answer")
         if not any(part["type"] == "text" for part in self.messages[-1]["content"]):
             raise ValueError("the prompt is empty")
+        answers = [m for m in self.messages if m["role"] == "assistant"]
+        if any(part["type"] == "image" for m in answers for part in m["content"]):
+            raise ValueError(f"{IMAGE} stands in an assistant turn; only a user shows images")
         places = sum(p["type"] == "image" for m in self.messages for p in m["content"])
         if places != len(self.images):
             raise ValueError(

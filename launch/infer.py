@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         launch = read_launch(args.local_rank)
         with _together(launch.processes):
             return run(args, launch.rank, launch.processes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if args.traceback:
             raise
         where = "" if rank == 0 else f" (rank {rank})"

@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that went away
+        if args.traceback:
+            raise
+        print(f"itprune: error: {error}; what was written stays", file=sys.stderr)
+        return 1
 
 
 @contextmanager

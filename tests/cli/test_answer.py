@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from itprune import load_pretrained
 from itprune.answer import Answer, Answerer
 from itprune.decoding import Clock, Decoding, RowSampler
 from itprune.engine.cache import PrunedLayer
-from itprune.question import Question, open_image
+from itprune.question import ImageFolder, Question, open_image
+from tests.tiny_llava import MARKED, PLAIN
+from train.data.encode import Encoder
+from train.data.images import ImageOpener
+from train.data.llava import llava_sample
 
 DRAW = Decoding(max_new_tokens=6)
 
@@ -161,6 +166,50 @@ def test_the_clock_stops_nothing() -> None:
         assert not clock(torch.zeros(2, 5), torch.zeros(2, 7)).any()
     assert clock.ticks == sorted(clock.ticks)
     assert len(clock.ticks) == 3
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_prompt_has_the_tokens_of_training(
+    checkpoint: Path, pictures: Path, template: str, adds_bos: bool
+) -> None:
+    loaded = load_pretrained(checkpoint, device="cpu")
+    tokenizer = loaded.processor.tokenizer
+    loaded.processor.chat_template = template
+    if adds_bos:  # as LLaVA-1.5's tokenizer does
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        single = f"{bos[0]} $A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single, None, [bos])
+    record = {
+        "image": "0.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat colour is the square?"},
+            {"from": "gpt", "value": "red"},
+            {"from": "human", "value": "And the circle?"},
+            {"from": "gpt", "value": "The circle is blue."},
+        ],
+    }
+    question = Question.from_record(record, ImageFolder(pictures))
+    asked = Answerer(loaded).encode(question).inputs
+    opener = ImageOpener(pictures, strict=False)
+    trained = Encoder(loaded.processor, 512)(llava_sample(record), opener)
+    prompt = asked["input_ids"][0]
+    assert torch.equal(trained["input_ids"][: len(prompt)], prompt)
+    assert torch.equal(trained["pixel_values"], asked["pixel_values"])
+    assert int((prompt == tokenizer.bos_token_id).sum()) == (adds_bos or template == MARKED)
+
+
+def test_too_little_memory_is_told(
+    checkpoint: Path, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = Answerer(load_pretrained(checkpoint, device="cpu"), DRAW)
+
+    def full(**kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(answerer.model, "generate", full)
+    with pytest.raises(ValueError, match=r"does not hold 4 question\(s\).*smaller batch"):
+        answerer(asked)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from itprune.answer import Answerer
 from itprune.cli import COMMANDS, main
+from itprune.cli.answer_file import AnswerFile
 
 FIGURES = {
     "answer",
@@ -246,6 +247,17 @@ def test_from_stdin_to_stdout(
     assert main(["infer", "--model", str(checkpoint), *pipe]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert timeless(records) == timeless(read(out))
+
+
+def test_a_full_disk_is_told(
+    checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def full(self: AnswerFile, record: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AnswerFile, "write", full)
+    assert main(file_command(checkpoint, questions, tmp_path / "out.jsonl", "--quiet")) == 1
+    assert "No space left on device; what was written stays" in capsys.readouterr().err
 
 
 def test_nothing_answered_is_a_failure(checkpoint: Path, write_lines: Any, tmp_path: Path) -> None:

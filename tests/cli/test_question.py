@@ -75,6 +75,17 @@ def test_images_come_in_the_order_of_their_places() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content item"),
         ({"messages": [{"role": "user", "content": "a"}], "image": "x"}, "0 <image> but 1"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "no user turn"),
+        (
+            {
+                "image": "x",
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "<image> b"},
+                    {"from": "human", "value": "c"},
+                ],
+            },
+            "stands in an assistant turn",
+        ),
         ({"conversations": [{"from": "human", "value": None}]}, "must be text"),
     ],
 )
