@@ -94,12 +94,15 @@ def _number(text: str) -> float | str:
         return text
 
 
-def training_arguments(trainer: Mapping[str, Any], workers: int, **changes: Any) -> Any:
+def training_arguments(
+    trainer: Mapping[str, Any], workers: int, unused: bool = False, **changes: Any
+) -> Any:
     """Builds TrainingArguments: our defaults, then the section, then `changes`.
 
     Args:
         trainer: the checked section.
         workers: `data.workers`, unless the section names `dataloader_num_workers` itself.
+        unused: whether weights may train that no loss reaches (a tower's last layers).
         changes: what the launch decides (the DeepSpeed file).
 
     Raises:
@@ -114,7 +117,7 @@ def training_arguments(trainer: Mapping[str, Any], workers: int, **changes: Any)
         "use_cpu": on_cpu(trainer),
         "prediction_loss_only": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": unused,
     }
     values |= {**trainer, **changes, "remove_unused_columns": False, "label_names": ["labels"]}
     for old, new in RENAMED.items():

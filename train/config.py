@@ -45,6 +45,11 @@ class Recipe:
         return self.model.mode
 
     @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower trains, whose last layers may reach no loss."""
+        return self.mode == "full" and "vision" not in self.model.freeze
+
+    @property
     def output(self) -> Path:
         """The folder of checkpoints, logs and the trained model."""
         return Path(self.trainer["output_dir"]).expanduser()
@@ -121,6 +126,8 @@ def _build(values: dict[str, Any]) -> Recipe:
         raise ValueError("model.mode: lora needs a `lora` section (r, alpha, ...)")
     if recipe.mode != "lora" and recipe.lora is not None:
         raise ValueError(f"model.mode: {recipe.mode} does not use the `lora` section; remove one")
+    if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.data.val:
+        raise ValueError("trainer.eval_strategy: an evaluation needs data.val")
     return recipe
 
 

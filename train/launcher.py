@@ -75,7 +75,7 @@ def deepspeed_config(trainer: Mapping[str, Any], launch: Launch) -> str | dict[s
         named = ZERO2
     if named is None or (launch.processes == 1 and not launch.by_deepspeed):
         return None
-    if not isinstance(named, str):
+    if isinstance(named, dict):
         return named
     path = find_file(named)
     if path is None:

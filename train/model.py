@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.config import Recipe
 from train.sections import LoraSection
@@ -40,7 +41,7 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def load_model(recipe: Recipe, bf16: bool) -> nn.Module:
+def load_model(recipe: Recipe, bf16: bool) -> Any:
     """The base model with adapters and freezing applied, on the CPU.
 
     Args:
@@ -62,7 +63,7 @@ def load_model(recipe: Recipe, bf16: bool) -> nn.Module:
         trained = ("projector",) if recipe.mode == "projector" else _rest(section.freeze)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(model, name) in trained)
-    if section.dtype == "auto":
+    if section.dtype == "auto" and not is_deepspeed_zero3_enabled():  # it keeps float32 copies
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -71,7 +72,7 @@ def load_model(recipe: Recipe, bf16: bool) -> nn.Module:
     return model
 
 
-def add_lora(model: Any, section: LoraSection) -> nn.Module:
+def add_lora(model: Any, section: LoraSection) -> Any:
     """Wraps the model with adapters on its language model."""
     from peft import LoraConfig, get_peft_model
 
@@ -154,15 +155,13 @@ def _rest(frozen: Iterable[str]) -> tuple[str, ...]:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
+    names: dict[nn.Module, str] = {found: name for name, found in model.named_modules()}
+    return names[module]
 
 
 def _dtype(name: str) -> torch.dtype:
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[name]
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return types[name]
 
 
 def _first_line(error: Exception) -> str:

@@ -46,7 +46,7 @@ def needs_calibration(attached: Any | None) -> bool:
     return attached.config.keep_at(1.0) != 1.0 and bool(attached.method.calibration_stages())
 
 
-class CalibrateCallback(TrainerCallback):
+class CalibrateCallback(TrainerCallback):  # type: ignore[misc]
     """Calibrates once the model is on its device, before the first step.
 
     Every rank reads the same samples, so every rank comes to the same numbers.

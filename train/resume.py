@@ -36,10 +36,11 @@ def find_checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     Raises:
         ValueError: none where one is demanded, or one of another experiment.
     """
-    folder = latest_checkpoint(recipe.output)
-    if folder is None:
-        if resume:
-            raise ValueError(f"--resume: no complete checkpoint in {recipe.output}")
+    checkpoint = latest_checkpoint(recipe.output)
+    if checkpoint is None and resume:
+        raise ValueError(f"--resume: no complete checkpoint in {recipe.output}")
+    folder = checkpoint or recipe.output
+    if checkpoint is None and not _holds_model(folder):
         return None
     there = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
     for key, old, new in differences(there, recipe.to_dict()):
@@ -48,7 +49,7 @@ def find_checkpoint(recipe: Recipe, resume: bool) -> Path | None:
                 f"{folder} is of another run: {key} was {old!r} and is {new!r}; choose another "
                 "trainer.output_dir, or remove the folder"
             )
-    return folder
+    return checkpoint
 
 
 def latest_checkpoint(output: Path) -> Path | None:
@@ -67,6 +68,11 @@ def differences(
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a finished run's weights would be overwritten."""
+    return (folder / RECIPE_NAME).is_file() and any(folder.glob("*model*.safetensors"))
 
 
 def _complete(folder: Path) -> bool:

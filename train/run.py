@@ -45,14 +45,18 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     zero = deepspeed_config(recipe.trainer, launch)
     if zero is not None:
         prepare_deepspeed(on_cpu(recipe.trainer))
-    args = training_arguments(recipe.trainer, recipe.data.workers, deepspeed=zero)
+    args = training_arguments(
+        recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, deepspeed=zero
+    )
     check_world(args, launch)
 
     processor = load_processor(recipe.model.path)
     encoder = Encoder(processor, recipe.data.max_length)
     train_data = build_dataset(recipe.data, recipe.data.train, encoder)
     val_data = build_dataset(recipe.data, recipe.data.val, encoder) if recipe.data.val else None
-    collator = Collator(processor.tokenizer.pad_token_id)
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id
+    collator = Collator(tokenizer.eos_token_id if pad is None else pad)
 
     set_seed(args.seed)  # adapters start from random numbers, which must be the same everywhere
     model = load_model(recipe, bf16=args.bf16)

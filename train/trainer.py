@@ -17,7 +17,7 @@ from train.data.collate import BAD
 from train.meter import Meter
 
 
-class PruneTrainer(Trainer):
+class PruneTrainer(Trainer):  # type: ignore[misc]
     """Trainer of a dense or pruned model.
 
     Args:
@@ -59,7 +59,7 @@ class PruneTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.meter.pause()
-        metrics = super().evaluate(*args, **kwargs)
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.meter.resume()
         return metrics
 
@@ -76,7 +76,7 @@ class PruneTrainer(Trainer):
             self.save_beside(Path(output_dir or self.args.output_dir))
 
 
-class StepCallback(TrainerCallback):
+class StepCallback(TrainerCallback):  # type: ignore[misc]
     """Moves the keep schedule and the meter's clock."""
 
     def __init__(self, meter: Meter, attached: Any | None) -> None:

@@ -61,6 +61,7 @@ def test_sections_become_typed_values(recipe: Path) -> None:
         ("trainer.resume_from_checkpoint=x", r"use --resume"),
         ("lora.r.x=1", r"lora.r is 8 and has no keys"),
         ("lora.r", r"not of the form section.key=value"),
+        ("trainer.eval_strategy=steps", r"an evaluation needs data.val"),
         ("trainer=null", r"the section 'trainer' is missing"),
         ("trainer.output_dir=null", r"trainer.output_dir is missing"),
         ("data.train=[]", r"data.train: names no file"),

@@ -128,6 +128,9 @@ def test_resuming_wants_the_same_experiment(train: Any) -> None:
     with pytest.raises(ValueError, match=r"prune was None and is"):
         train(*save, "prune.keep=0.5")
     assert len(history(train(*save, "trainer.max_steps=5", resume=True))) == 5
+    train(name="finished")
+    with pytest.raises(ValueError, match=r"finished is of another run: lora.r was 4 and is 8"):
+        train("lora.r=8", name="finished")
 
 
 def test_evaluation_loss_is_logged_beside(train: Any, tmp_path: Path) -> None:
