@@ -41,12 +41,16 @@ def numbers(row: dict) -> list[float]:
 def test_train_writes_a_complete_record(tmp_path, capsys) -> None:
     path = tmp_path / "bench.json"
     threads = torch.get_num_threads()
-    assert run("train", "--shape", "tiny", "--repeats", "2", "--json", str(path)) == 0
+    assert (
+        run("train", "--shape", "tiny", "--repeats", "2", "--threads", "2", "--json", str(path))
+        == 0
+    )
     assert torch.get_num_threads() == threads
     record = json.loads(path.read_text())
     rows = {row["variant"]: row for row in record["rows"]}
     assert tuple(rows) == TRAIN
     assert {"machine", "versions", "shape", "batch"} <= set(record)
+    assert (record["machine"]["threads"], record["clock"]) == (2, "wall-clock seconds")
     for row in rows.values():
         assert {"step_s", "speedup", "flop_speedup", "peak_mb"} <= set(row)
         assert all(math.isfinite(n) for n in numbers(row))

@@ -34,7 +34,7 @@ def header(
         "repeats": repeats,
         "tokens": {"visual": size.visual, "text": size.text, "supervised": size.supervised},
         "clock": clock.unit,
-        "machine": machine(size.device),
+        "machine": machine(clock),
         "versions": versions(),
     }
 
@@ -59,13 +59,13 @@ def tokens_of(report: Report | None, shape: Shape, batch: int) -> dict[str, Any]
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(clock: Clock) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if clock.device.type == "cuda" else "cpu",
         "processor": _processor(),
         "system": platform.platform(),
-        "threads": torch.get_num_threads(),
+        "threads": clock.threads,
     }
 
 

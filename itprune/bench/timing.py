@@ -23,6 +23,7 @@ class Clock:
     """Seconds since it was made, in parts."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
+        self.device, self.threads = device, threads
         self._cuda = device.type == "cuda"
         self._cpu_seconds = not self._cuda and threads == 1
         self._read: Callable[[], float] = (
