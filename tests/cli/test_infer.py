@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from itprune.answer import Answerer
-from itprune.cli import COMMANDS, main
+from itprune.cli import main
 from itprune.cli.answer_file import AnswerFile
 
 FIGURES = {
@@ -330,27 +329,3 @@ def test_bad_input_is_told_in_one_sentence(
     assert told.err.count("\n") == 1
     assert reason in told.err
     assert all(path.read_bytes() == held for path, held in before.items())
-
-
-# ---------------------------------------------------------------------------------- the command
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help(command: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"itprune {command}" in capsys.readouterr().out
-
-
-def test_methods_lists_every_option(capsys: Any) -> None:
-    assert main(["methods"]) == 0
-    told = capsys.readouterr().out
-    for name in ("itprune", "uniform", "seed (default 0)", "min_text (default 25)", "llava"):
-        assert name in told
-
-
-def test_as_a_real_command(checkpoint: Path, pictures: Path) -> None:
-    command = [sys.executable, "-m", "itprune.cli", "infer", "--model", str(checkpoint), *SHORT]
-    command += ["--json", "--image", str(pictures / "0.png"), "--prompt", "What colour?"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout).keys() == FIGURES

@@ -1,0 +1,46 @@
+"""The command line itself: help for every command, the list of methods, one real process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itprune.answer import Answer
+from itprune.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"itprune {command}" in capsys.readouterr().out
+
+
+def test_methods_lists_every_option(capsys: Any) -> None:
+    assert main(["methods"]) == 0
+    told = capsys.readouterr().out
+    for name in ("itprune", "uniform", "seed (default 0)", "min_text (default 25)", "llava"):
+        assert name in told
+
+
+def test_as_a_real_command(checkpoint: Path, pictures: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "itprune.cli",
+        "infer",
+        "--model",
+        str(checkpoint),
+        "--max-new-tokens",
+        "5",
+    ]
+    command += ["--json", "--image", str(pictures / "0.png"), "--prompt", "What colour?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() == Answer.__dataclass_fields__.keys()
