@@ -99,12 +99,14 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
 
 def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> str:
     """One line on what is about to run."""
-    weights = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    trained = sum(count for count, trains in weights if trains)
+    parameters = list(trainer.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    share = f"{trained:,} of {total:,} weights" if total else "sharded weights"
     plugin = trainer.accelerator.state.deepspeed_plugin
     keep = "dense" if recipe.prune is None else f"keep {recipe.prune.to_dict()['keep']}"
     return (
-        f"{recipe.mode}, {keep}: training {trained:,} of {sum(n for n, _ in weights):,} weights, "
+        f"{recipe.mode}, {keep}: training {share}, "
         f"{trainer.args.world_size} process(es) on {trainer.args.device.type}"
         + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
         + (f", going on from {checkpoint}" if checkpoint is not None else "")
