@@ -26,18 +26,18 @@ def tiny_llava(kv_heads: int = 2, **text: object) -> LlavaForConditionalGenerati
         image_size=24,
         patch_size=4,
     )
-    options = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     config = LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**{**options, **text}),

@@ -1,14 +1,16 @@
-"""PruneConfig and options: strict, with one sentence for every mistake, and a lossless round trip."""
+"""PruneConfig and options: strict, one sentence for every mistake, a lossless round trip."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from itprune import PruneConfig, attach
 from itprune.config import Schedule
 from itprune.methods import build_method, methods, register_method
 from itprune.methods.base import Method
 from itprune.methods.budget import split_keep
+from itprune.tokens import Images
 from tests.models import tiny_llava
 
 
@@ -100,6 +102,7 @@ def test_methods_register_from_outside_and_refuse_bad_names() -> None:
         register_method("No-Good")(Method)
     with pytest.raises(ValueError, match="already taken"):
         register_method("itprune")(Method)
+    method = build_method("uniform", {}, 4)  # no target was set
+    images = Images(torch.ones(3, 2), torch.tensor([3]), torch.tensor([0]), torch.ones)
     with pytest.raises(ValueError, match="needs a fraction"):
-        method = build_method("uniform", {}, 4)
-        method.before_llm(type("Images", (), {"lens": None}))
+        method.before_llm(images)

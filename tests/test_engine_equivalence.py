@@ -194,15 +194,11 @@ def test_later_layers_really_see_fewer_tokens() -> None:
     assert seen == expected
     assert len(report.drops) == 3
     assert seen[0] > seen[2] > seen[4]
-    assert report.kv_entries == [
-        sum(
-            tokens[i]
-            for tokens in map(
-                lambda k: report.drops[max(s for s in report.drops if s <= k)], range(DEPTH)
-            )
-        )
-        for i in range(len(ROWS))
-    ]
+    entries = [0] * len(ROWS)
+    for layer in range(DEPTH):
+        tokens = report.drops[max(start for start in report.drops if start <= layer)]
+        entries = [n + m for n, m in zip(entries, tokens, strict=True)]
+    assert report.kv_entries == entries
 
 
 def test_train_and_eval_choose_the_same_tokens() -> None:

@@ -24,12 +24,12 @@ KEEP = {
 
 
 def generate(model: torch.nn.Module, data: dict, **options: object):
-    settings = dict(
-        max_new_tokens=6,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     return model.generate(**data, **{**settings, **options})
 
 
@@ -99,7 +99,7 @@ def test_a_second_turn_continues_the_pruned_cache() -> None:
     drops = drops_of(found)
     more = torch.randint(3, 250, (1, 4), generator=torch.Generator().manual_seed(3))
     ids = torch.cat([out.sequences, more], 1)
-    again = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     second = generate(pruned, again, past_key_values=out.past_key_values)
     with masked(bare, drops):
         images = {"pixel_values": first["pixel_values"]}

@@ -77,10 +77,7 @@ def test_relevance_equals_the_eager_attention(stage1: dict | None, layout: str) 
     tokens, rows = store["after_layer"], store["rows"]
     eager = tiny_llava()
     eager.set_attn_implementation("eager")
-    if stage1 is None:
-        kept = torch.arange(data["input_ids"].shape[1])
-    else:
-        kept = rows[0].token
+    kept = torch.arange(data["input_ids"].shape[1]) if stage1 is None else rows[0].token
     hidden = torch.ones_like(data["input_ids"], dtype=torch.bool)
     hidden[0, kept] = False
     handles = [
@@ -143,7 +140,7 @@ def test_a_later_turn_decides_nothing() -> None:
 
 def test_text_goes_only_from_long_instructions_and_never_the_protected() -> None:
     data = batch(LONG)
-    model, store = spied(PruneConfig(keep=0.4, options={"stage2": {"min_text": 35}}), data)
+    _model, store = spied(PruneConfig(keep=0.4, options={"stage2": {"min_text": 35}}), data)
     last, ids = store["rows"][-1], data["input_ids"]
     gone = torch.ones_like(ids, dtype=torch.bool).reshape(-1)
     gone[last.token] = False
@@ -183,7 +180,8 @@ def test_calibration_meets_the_target(rule: str, score: str) -> None:
     attached = attach(model, PruneConfig(keep=0.3, options=options), prompt=PROMPT)
     batches = [prompts(batch(ROWS, seed=s)) for s in range(12)]
     found = calibrate(attached, batches)
-    assert found.samples == 48 and attached.calibration is found
+    assert found.samples == 48
+    assert attached.calibration is found
     attached.totals.reset()
     with torch.no_grad():
         for one in batches:
