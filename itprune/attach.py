@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -104,6 +103,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: neither a transformers nor a PEFT model.
     """
+    from peft import PeftModel  # slow to import, and needed only here
+
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"attach needs a transformers or PEFT model, got {type(model).__name__}")

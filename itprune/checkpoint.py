@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -75,6 +74,9 @@ class PrunerRecord:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"{path}: written in a format this version does not know")
+        missing = {"prune", "prompt", "calibration"} - values.keys()
+        if missing:
+            raise ValueError(f"{path}: has no {sorted(missing)[0]!r}; it is damaged")
         calibration = values["calibration"]
         return cls(
             PruneConfig.from_dict(values["prune"]),
@@ -173,6 +175,8 @@ def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Modul
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}; not a model")
         return _load_base(folder, dtype)
+    from peft import PeftModel  # slow to import, and needed only here
+
     model: Any = PeftModel.from_pretrained(_load_base(_base_folder(folder), dtype), str(folder))
     return model.merge_and_unload() if merge else model
 
