@@ -101,6 +101,7 @@ class PrunedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of the virtual sequence (negative count; a positive one is the
         length to keep, as older transformers ask)."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions hand a tensor
         length = self.virtual_length
         left = length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
         if tokens_to_remove == 0 or left >= length or self.position is None or self.filled is None:
