@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 Bad = tuple[int, str, str]
 SHOWN = 5
@@ -67,15 +68,20 @@ class BadSamples:
                 self._report(bad)
         self.fresh = {}
         if len(self.known) > self.allowed:
-            raise ValueError(self.verdict())
+            raise ValueError(self._verdict())
 
-    def verdict(self, last: Bad | None = None) -> str:
-        """Why the run stops."""
-        seen = len(self.known | self.fresh.keys())
-        example = f"; for example {last[1]}: {last[2]}" if last is not None else ""
+    def stop(self, found: Sequence[Bad]) -> NoReturn:
+        """Ends the run at once: no good sample was found in place of these."""
+        for index, bad in self.fresh.items():
+            self.known.add(index)
+            self._report(bad)
+        _, place, reason = found[-1]
+        raise ValueError(f"{self._verdict()}; for example {place}: {reason}")
+
+    def _verdict(self) -> str:
         return (
-            f"data.max_bad: {seen} of {self.total} samples are bad, {self.allowed} are allowed "
-            f"(listed in {self.path}){example}"
+            f"data.max_bad: {len(self.known)} of {self.total} samples are bad, {self.allowed} are "
+            f"allowed (listed in {self.path})"
         )
 
     def _report(self, bad: Bad) -> None:

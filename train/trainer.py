@@ -47,7 +47,7 @@ class PruneTrainer(Trainer):  # type: ignore[misc]
             found = batch.pop(BAD)
             self.bad.meet(found)
             if "input_ids" not in batch:
-                raise ValueError(self.bad.verdict(found[-1]))
+                self.bad.stop(found)
             self.meter.batch(batch)
             yield batch
 

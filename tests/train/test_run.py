@@ -159,6 +159,7 @@ def test_bad_samples_are_skipped_reported_and_counted(
     assert "missing image" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"data.max_bad: \d+ of 24 samples are bad, 0 are allowed"):
         train("trainer.max_steps=6", name="strict")
+    assert (tmp_path / "strict/bad_samples.jsonl").read_text().count("\n") >= 1
 
 
 @pytest.mark.parametrize("mode", ["full", "projector"])
