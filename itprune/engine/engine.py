@@ -116,8 +116,6 @@ class Engine:
         active = not self.method.idle and request.has_images
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
             kwargs = request.label_only(kwargs)
-        if model.training and not request.has_images and _many_ranks():
-            request.blank = self._blank_features(model)
         self._request = request
         return args, kwargs
 
@@ -173,8 +171,10 @@ class Engine:
         request, embeds = self._request, kwargs.get("inputs_embeds")
         if request is None or embeds is None:
             return None
-        if request.blank is not None:
-            kwargs = {**kwargs, "inputs_embeds": embeds + request.blank.to(embeds.dtype)}
+        if text.training and not request.has_images and _many_ranks():
+            # Here, where a real image's features come in: ZeRO-3 gathers weights in module order.
+            blank = self._blank_features(self.family.model)
+            kwargs = {**kwargs, "inputs_embeds": embeds + blank.to(embeds.dtype)}
         active = request.has_images and not self.method.idle
         cache = kwargs.get("past_key_values")
         if not active and not _is_pruned(cache):

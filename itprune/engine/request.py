@@ -35,8 +35,6 @@ class Request:
     """Tokens assisted decoding appends to be verified: their logits are needed."""
     head_mask: Tensor | None = None
     """(B, S) positions the head computes; None: as the host says."""
-    blank: Tensor | None = None
-    """Zero-weight features of a blank image, added so that every rank runs every module."""
 
     @classmethod
     def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
