@@ -171,7 +171,7 @@ def calibrate(
     rows = _first_rows(batches, limit)
     engine, method = attached._engine, attached.method
     model = engine.family.model
-    was_training, before = model.training, engine.report
+    modes, before = {m: m.training for m in model.modules()}, engine.report
     model.eval()
     totals, engine.totals = engine.totals, Totals()
     try:
@@ -183,7 +183,8 @@ def calibrate(
             method.calibration = method.recorder.finish()
     finally:
         method.recorder, engine.totals, engine.report = None, totals, before
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     found = method.calibration
     if found is None or not set(stages) <= set(found.curves):
         raise ValueError("calibration needs samples with images, and found none")

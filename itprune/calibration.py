@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,15 +29,21 @@ class Curve:
 
     def scale(self, target: float) -> float:
         """The factor a with weighted mean of min(1, a * fraction) = target (0 < target <= 1)."""
-        fraction = torch.tensor(self.fraction, dtype=torch.float64)
-        weight = torch.tensor(self.weight, dtype=torch.float64)
-        weight = weight / weight.sum()
-        low, high = 0.0, 1.0 / max(float(fraction.min()), 1e-6)
-        for _ in range(60):
-            middle = (low + high) / 2
-            mean = float((weight * (middle * fraction).clamp(max=1.0)).sum())
-            low, high = (middle, high) if mean < target else (low, middle)
-        return (low + high) / 2
+        return _solve(self, target)
+
+
+@lru_cache(maxsize=256)
+def _solve(curve: Curve, target: float) -> float:
+    """By bisection; cached, since every forward asks again for the target in force."""
+    fraction = torch.tensor(curve.fraction, dtype=torch.float64)
+    weight = torch.tensor(curve.weight, dtype=torch.float64)
+    weight = weight / weight.sum()
+    low, high = 0.0, 1.0 / max(float(fraction.min()), 1e-6)
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = float((weight * (middle * fraction).clamp(max=1.0)).sum())
+        low, high = (middle, high) if mean < target else (low, middle)
+    return (low + high) / 2
 
 
 @dataclass(frozen=True)

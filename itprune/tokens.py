@@ -24,8 +24,8 @@ class Images:
     """(V, D) vision features, raster order, image after image."""
     lens: Tensor
     """(n,) visual tokens of each image."""
-    fingerprint: Tensor
-    """(n,) int64 of the pixels: lets a seeded choice depend on the image, not on the batch."""
+    pixels: Tensor
+    """(n, …) what the encoder saw."""
     salience: Callable[[str], Tensor]
     """Score name (attention, cosine, full_width) -> (V,) float32; higher = keep."""
 
@@ -33,6 +33,13 @@ class Images:
     def image(self) -> Tensor:
         """(V,) which image each token belongs to."""
         return group_ids(self.lens)
+
+    @property
+    def fingerprint(self) -> Tensor:
+        """(n,) int64, exact whatever the batch is: lets a seeded choice depend on the image."""
+        values = (self.pixels.detach().float() * 64).round().long().flatten(1)
+        place = torch.arange(1, values.shape[1] + 1, device=values.device)
+        return (values * place).sum(1).abs()
 
 
 @dataclass(frozen=True)

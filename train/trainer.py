@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from train.bad_samples import BadSamples
 from train.data.collate import BAD
 from train.meter import Meter
+from train.model import base_of
 
 
 class PruneTrainer(Trainer):  # type: ignore[misc]
@@ -88,6 +89,10 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             self.attached.set_progress(state.global_step / max(state.max_steps, 1))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # transformers makes the inputs of every sub-model require a gradient, the frozen tower's
+        # too, which only reentrant checkpointing needs: it would be trained through for nothing.
+        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
+            base_of(kwargs["model"]).disable_input_require_grads()
         self.meter.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -85,7 +85,7 @@ class VisionPass:
         return Images(
             features=features.reshape(count * patches, -1),
             lens=torch.full((count,), patches, device=features.device),
-            fingerprint=_fingerprint(self.pixels),
+            pixels=self.pixels,
             salience=self._salience,
         )
 
@@ -106,13 +106,6 @@ class VisionPass:
             # vision_feature_select_strategy "full": CLS is the first visual token.
             score = torch.cat([score.amax(1, keepdim=True), score], 1)
         return score.flatten()
-
-
-def _fingerprint(pixels: Tensor) -> Tensor:
-    """(n, …) pixels -> (n,) int64, exact whatever the batch is."""
-    quantised = (pixels.detach().float() * 64).round().long().flatten(1)
-    place = torch.arange(1, quantised.shape[1] + 1, device=pixels.device)
-    return (quantised * place).sum(1).abs()
 
 
 def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

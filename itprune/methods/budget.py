@@ -8,11 +8,13 @@ of what the one before it kept: 33 % into the LLM and 11 % after half of the lay
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 LATER_SHARE = 1 / 3
 
 
+@lru_cache(maxsize=256)
 def split_keep(
     keep: float, depth: int, layers: tuple[int, ...], fixed: tuple[float | None, ...]
 ) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from itprune import checkpoint
+from itprune.engine.vision import VisionPass
 from tests.train.helpers import (
     history,
     losses,
@@ -179,3 +180,19 @@ def test_gradient_checkpointing_changes_nothing(train: Any) -> None:
     plain = train("prune.keep=0.4", name="plain")
     checkpointed = train("prune.keep=0.4", "trainer.gradient_checkpointing=true", name="ckpt")
     assert losses(checkpointed) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_checkpointing_does_not_train_through_the_frozen_tower(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    shorten = VisionPass.shorten
+
+    def look(self: VisionPass, features: torch.Tensor, method: Any) -> torch.Tensor:
+        asked.append(features.requires_grad)
+        return shorten(self, features, method)
+
+    monkeypatch.setattr(VisionPass, "shorten", look)
+    train("prune.keep=0.4", "trainer.gradient_checkpointing=true", "trainer.max_steps=2")
+    assert asked
+    assert not any(asked)
