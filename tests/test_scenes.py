@@ -13,13 +13,12 @@ from PIL import Image
 
 from train.scenes import (
     BASE,
-    QUICKSTART,
     answers,
     choose_kinds,
     majority_accuracy,
     write_dataset,
 )
-from train.scenes.questions import Item, scene_items
+from train.scenes.questions import SETS, Item, scene_items
 from train.scenes.render import COLOUR_NAMES, draw_scenes, sample_scenes, sources
 
 
@@ -79,7 +78,7 @@ def test_pictures_are_real_files(data: Path) -> None:
 
 def test_every_kind_occurs_with_multi_turn_and_text_only(data: Path) -> None:
     val = read(data, "val")
-    assert {sample["kind"] for sample in val} == {*BASE, *QUICKSTART}
+    assert {sample["kind"] for sample in val} == set(SETS["all"])
     several = {sample["kind"] for sample in val if len(sample["conversations"]) > 2}
     assert len(several) >= 2
     assert {sample["kind"] for sample in val if "image" not in sample} >= {
@@ -113,10 +112,13 @@ def right_answer(scene: list[Item], question: str) -> str | None:
         "left-most": [i for i in scene if i.column == min(j.column for j in scene)],
         "right-most": [i for i in scene if i.column == max(j.column for j in scene)],
         "top-most": [i for i in scene if i.row == min(j.row for j in scene)],
+        "bottom-most": [i for i in scene if i.row == max(j.row for j in scene)],
     }
     edge = next((name for name in edges if name in question), None)
     if question.startswith("How many"):
         return str(len(scene))
+    if "largest" in question:
+        return str(max(item.digit for item in scene))
     if question.startswith("Is there a"):
         return "yes" if number.group() in {str(i.digit) for i in scene} else "no"
     if edge:
@@ -129,7 +131,7 @@ def right_answer(scene: list[Item], question: str) -> str | None:
     return item and item.colour
 
 
-@pytest.mark.parametrize("name", [*BASE, *QUICKSTART])
+@pytest.mark.parametrize("name", SETS["all"])
 def test_answers_are_right_and_unambiguous(name: str) -> None:
     rng = np.random.default_rng(7)
     scenes = sample_scenes(rng, 300, "val", repeats=0.5)

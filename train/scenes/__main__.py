@@ -15,7 +15,9 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=500, help="validation samples")
     parser.add_argument("--seed", type=int, default=0, help="chooses scenes and questions")
     parser.add_argument(
-        "--questions", default="base", help="base, quickstart, all, or kinds joined by commas"
+        "--questions",
+        default="base",
+        help="base, quickstart, transfer, all, or kinds joined by commas",
     )
     given = parser.parse_args()
     write_dataset(given.out, given.train, given.val, given.seed, given.questions)

@@ -37,7 +37,7 @@ def write_dataset(
         train: Number of training samples, one scene each.
         val: Number of validation samples.
         seed: Chooses scenes, handwriting and questions.
-        questions: `base`, `quickstart` or `all`, or the names of question kinds.
+        questions: `base`, `quickstart`, `transfer` or `all`, or the names of question kinds.
 
     Returns:
         The samples of both splits, as written.
@@ -48,10 +48,13 @@ def write_dataset(
     written = {}
     for number, (split, size) in enumerate((("train", train), ("val", val))):
         rng = np.random.default_rng([seed, number])
+        asked: Counter[str] = Counter()
         samples = [
             sample
             for start in range(0, size, CHUNK)
-            for sample in _write_chunk(root, split, start, min(CHUNK, size - start), kinds, rng)
+            for sample in _write_chunk(
+                root, split, range(start, min(start + CHUNK, size)), kinds, asked, rng
+            )
         ]
         (root / f"{split}.json").write_text(json.dumps(samples, indent=1) + "\n")
         written[split] = samples
@@ -75,26 +78,24 @@ def choose_kinds(questions: str | Sequence[str]) -> dict[str, Kind]:
 def _write_chunk(
     root: Path,
     split: str,
-    start: int,
-    size: int,
+    numbers: range,
     kinds: dict[str, Kind],
+    asked: Counter[str],
     rng: np.random.Generator,
 ) -> list[Sample]:
-    """Draw `size` scenes, ask each one question, write its picture if the question needs it."""
-    names = list(kinds)
-    scenes = sample_scenes(rng, size, split)
+    """Draw the scenes of some sample numbers; ask each the least asked question it settles."""
+    scenes = sample_scenes(rng, len(numbers), split)
     pictures, _ = draw_scenes(rng, scenes, split)
     samples = []
-    for index in range(size):
+    for index, number in enumerate(numbers):
         items = scene_items(scenes, index)
-        wanted = (start + index) % len(names)
-        order = names[wanted:] + names[:wanted]
-        asked = (kinds[name](items, rng) for name in order)
-        dialogue = next((found for found in asked if found), None)
+        order = sorted(kinds, key=lambda name: asked[name])
+        found = (kinds[name](items, rng) for name in order)
+        dialogue = next((one for one in found if one), None)
         if dialogue is None:
             continue
-        name = f"{split}-{start + index:06d}"
-        sample = to_sample(name, dialogue)
+        asked[dialogue.kind] += 1
+        sample = to_sample(f"{split}-{number:06d}", dialogue)
         if dialogue.image:
             Image.fromarray(pictures[index]).save(root / sample["image"])
         if split == "val":

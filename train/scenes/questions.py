@@ -2,7 +2,8 @@
 
 A kind is a function `(scene, rng) -> Dialogue | None`; None means that the scene leaves the
 question open (a colour that occurs twice, two digits equally far left). Base kinds build the
-bundled model; quickstart kinds are held out of it and are what the quickstart teaches.
+bundled model; quickstart kinds are held out of it and are what the quickstart teaches; the
+transfer kinds are held out too, but the model's captions teach it enough to answer.
 """
 
 from __future__ import annotations
@@ -185,6 +186,19 @@ def topmost(scene: Scene, rng: Rng) -> Dialogue | None:
     return Dialogue("topmost", (("Which digit is top-most?", str(item.digit)),)) if item else None
 
 
+def bottommost(scene: Scene, rng: Rng) -> Dialogue | None:
+    """The digit furthest down."""
+    item = _outermost(scene, lambda item: -item.row)
+    question = "Which digit is bottom-most?"
+    return Dialogue("bottommost", ((question, str(item.digit)),)) if item else None
+
+
+def largest(scene: Scene, rng: Rng) -> Dialogue | None:
+    """The largest number."""
+    value = max(item.digit for item in scene)
+    return Dialogue("largest", (("Which is the largest digit?", str(value)),))
+
+
 def leftmost_colour(scene: Scene, rng: Rng) -> Dialogue | None:
     """The colour of the digit furthest left."""
     item = leftmost_item(scene)
@@ -217,11 +231,11 @@ BASE: dict[str, Kind] = {
         scene_in_text,
     )
 }
-QUICKSTART: dict[str, Kind] = {
-    kind.__name__: kind for kind in (rightmost, topmost, leftmost_colour, is_there)
-}
+QUICKSTART: dict[str, Kind] = {kind.__name__: kind for kind in (leftmost_colour, is_there, largest)}
+TRANSFER: dict[str, Kind] = {kind.__name__: kind for kind in (rightmost, topmost, bottommost)}
 SETS: dict[str, dict[str, Kind]] = {
     "base": BASE,
     "quickstart": QUICKSTART,
-    "all": {**BASE, **QUICKSTART},
+    "transfer": TRANSFER,
+    "all": {**BASE, **QUICKSTART, **TRANSFER},
 }

@@ -2,7 +2,8 @@
 
 Three stages in LLaVA's order: the vision tower, alignment of projector and body on captions,
 instruction tuning on the base questions. Each stage leaves its result in OUT's work folder, so
-an interrupted build continues with the next stage. About an hour on one CPU core.
+an interrupted build continues with the next stage. About an hour on one thread of a busy
+CPU, half that on a quiet one.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def language_stages(work: Path, tower: CLIPVisionModel) -> LlavaForConditionalGe
     for number, phase in enumerate([*ALIGNMENT, *INSTRUCTION]):
         if phase.name in done:
             continue
-        train_phase(model, builder, phase, 100 + number, logger.info, lambda: None)
+        train_phase(model, builder, phase, 100 + number, logger.info)
         torch.save(model.state_dict(), saved)
         done.append(phase.name)
         log.write_text(json.dumps(done))

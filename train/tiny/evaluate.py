@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,21 +113,25 @@ def evaluate(folder: str | Path, data: str | Path) -> dict[str, dict[str, float]
         "model": by_kind(val, answer_all(model, processor, val, pictures)),
         "image-blind": by_kind(val, answer_all(model, processor, val, swapped(pictures))),
         "majority": majority_accuracy(train, val),
-        "count": {s["kind"]: float(sum(v["kind"] == s["kind"] for v in val)) for s in val},
+        "count": dict(Counter(sample["kind"] for sample in val)),
+        "pictured": dict(Counter(sample["kind"] for sample in val if "image" in sample)),
     }
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """The figures as a Markdown table, with the mean over all samples last."""
+    """The figures as a Markdown table, ending with means over all samples."""
     names = ["model", "image-blind", "majority"]
-    count = figures["count"]
     lines = ["| kind | samples | " + " | ".join(names) + " |", "|---|---|---|---|---|"]
-    for kind in sorted(count):
-        cells = " | ".join(f"{100 * figures[name][kind]:.1f}" for name in names)
-        lines.append(f"| {kind} | {count[kind]:.0f} | {cells} |")
-    total = sum(count.values())
-    means = [sum(figures[name][kind] * count[kind] for kind in count) / total for name in names]
-    lines.append(f"| all | {total:.0f} | " + " | ".join(f"{100 * m:.1f}" for m in means) + " |")
+    count = figures["count"]
+    groups = {kind: {kind: count[kind]} for kind in sorted(count)}
+    groups |= {"all with a picture": figures["pictured"], "all": count}
+    for label, group in groups.items():
+        total = sum(group.values())
+        if not total:
+            continue
+        means = [sum(figures[name][kind] * group[kind] for kind in group) / total for name in names]
+        cells = " | ".join(f"{100 * mean:.1f}" for mean in means)
+        lines.append(f"| {label} | {total:.0f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from train.scenes.questions import BASE, Dialogue, Kind, scene_items
 from train.scenes.render import COLOUR_NAMES, Scenes, draw_scenes, sample_scenes
 from train.tiny.captions import CAPTIONS, COLUMN_WORDS, ROW_WORDS
 from train.tiny.rows import PATCHES, RowBuilder, Rows
-from train.tiny.tower import DIGITS, Targets, rate_at, targets, to_pixels
+from train.tiny.tower import DIGITS, Targets, class_attention, rate_at, targets, to_pixels
 
 
 @dataclass
@@ -44,10 +44,13 @@ class Phase:
     batch: int = 32
     branches: int = 10
     patches: tuple[int, int] = (PATCHES, PATCHES)
-    """Fewest and most patches a batch shows."""
+    """Fewest and most patches a batch shows: inked ones first, then random others."""
+    by_attention: float = 0.0
+    """Share of batches that show the patches the class token attends to most, as a pruner does."""
     digits: tuple[int, int] = (2, 6)
-    align: float = 0.0
-    """Weight of the term that draws projected patches to their words' embeddings."""
+    align: tuple[float, float] = (0.0, 0.0)
+    """Weights of the terms that draw projected patches to the embeddings of their words: of what
+    they show, and of where they are."""
 
 
 @dataclass
@@ -130,12 +133,16 @@ def choose_patches(ink: np.ndarray, limits: tuple[int, int], rng: np.random.Gene
     return torch.from_numpy(np.sort((-wish).argsort(1)[:, :number], 1))
 
 
-def read_patches(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """(B, 144, D) what the projector gets from the frozen tower."""
+def read_patches(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the projector gets from the frozen tower (B, 144, D), and the class token's attention.
+
+    The attention (B, 144) is that of the block that gives the features.
+    """
+    tower = model.model.vision_tower
     with torch.no_grad():
-        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    read: Tensor = states[-2]
-    return read[:, 1:]
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        attention = class_attention(tower, states[-3], -2)
+    return states[-2][:, 1:], attention
 
 
 def row_logits(model: LlavaForConditionalGeneration, rows: Rows, projected: Tensor) -> Tensor:
@@ -156,29 +163,36 @@ def row_logits(model: LlavaForConditionalGeneration, rows: Rows, projected: Tens
 
 
 class WordTargets:
-    """The words a projected patch should lie near: its digit's, colour's, row's and column's."""
+    """The words a projected patch should lie near.
+
+    Those of its digit, colour, row and column, and "one" in the middle of a cell against "many"
+    around it, so that a digit of several patches can be counted once.
+    """
 
     def __init__(self, builder: RowBuilder) -> None:
-        vocabularies = (map(str, range(10)), COLOUR_NAMES, ROW_WORDS, COLUMN_WORDS)
+        middle = ("many", "one")
+        vocabularies = (map(str, range(10)), COLOUR_NAMES, ROW_WORDS, COLUMN_WORDS, middle)
         self.words = [
             torch.tensor([builder.encode(f" {word}")[0] for word in words])
             for words in vocabularies
         ]
         patch = torch.arange(PATCHES)
-        self.row, self.column = patch // (12 * 3), patch % 12 // 3
+        row, column = patch // 12, patch % 12
+        middle_patch = (row % 3 == 1) & (column % 3 == 1)
+        self.places = (row // 3, column // 3, middle_patch.long())
 
     def loss(
         self, model: LlavaForConditionalGeneration, projected: Tensor, want: Targets
-    ) -> Tensor:
-        """Cross-entropy of inked patches against each vocabulary, summed."""
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of inked patches against the words of content and those of place."""
         table = model.model.language_model.embed_tokens.weight
         inked = (want.digit >= 0) & (want.digit < DIGITS)
-        places = (of.expand_as(want.digit) for of in (self.row, self.column))
-        total = projected.new_zeros((), dtype=torch.float32)
+        places = (of.expand_as(want.digit) for of in self.places)
+        losses = []
         for words, label in zip(self.words, (want.digit, want.hue, *places), strict=True):
             scores = projected[inked].float() @ table[words].float().T
-            total = total + F.cross_entropy(scores, label[inked])
-        return total
+            losses.append(F.cross_entropy(scores, label[inked]))
+        return torch.stack(losses[:2]).sum(), torch.stack(losses[2:]).sum()
 
 
 def train_phase(
@@ -187,7 +201,6 @@ def train_phase(
     phase: Phase,
     seed: int,
     say: Callable[[str], None],
-    save: Callable[[], None],
 ) -> None:
     """Train projector and body for one phase; the tower stays frozen."""
     rng = np.random.default_rng(seed)
@@ -202,18 +215,24 @@ def train_phase(
     began = time.time()
     for step in range(phase.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, phase.steps, phase.rate)
+            group["lr"] = rate_at(step, phase.steps, phase.rate, min(100, phase.steps // 3))
         scenes = sample_scenes(rng, phase.batch, "train", phase.digits)
         pictures, ink = draw_scenes(rng, scenes, "train")
         dialogues = choose_dialogues(scenes, phase.kinds, phase.branches, rng)
-        rows = builder.rows(dialogues, choose_patches(ink, phase.patches, rng))
         with torch.autocast("cpu", torch.bfloat16):
-            projected = model.model.multi_modal_projector(read_patches(model, to_pixels(pictures)))
+            read, attention = read_patches(model, to_pixels(pictures))
+        kept = choose_patches(ink, phase.patches, rng)
+        if phase.by_attention and rng.random() < phase.by_attention:
+            kept = attention.topk(kept.shape[1]).indices.sort(1).values
+        rows = builder.rows(dialogues, kept)
+        with torch.autocast("cpu", torch.bfloat16):
+            projected = model.model.multi_modal_projector(read)
             logits = row_logits(model, rows, projected)
         loss = F.cross_entropy(logits, rows.answer)
         total = loss
-        if phase.align:
-            total = loss + phase.align * words.loss(model, projected, targets(scenes, ink))
+        if any(phase.align):
+            content, place = words.loss(model, projected, targets(scenes, ink))
+            total = loss + phase.align[0] * content + phase.align[1] * place
         optimizer.zero_grad()
         torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -222,9 +241,6 @@ def train_phase(
         if step % 50 == 49:
             figures = f"loss {float(loss.detach()):.3f} {meter.read()}"
             say(f"{phase.name} {step + 1:5d} {figures} {time.time() - began:.0f} s")
-        if step % 250 == 249:
-            save()
-    save()
 
 
 class Meter:

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from train.scenes.questions import SETS, scene_items
+from train.scenes.questions import BASE, SETS, scene_items
 from train.scenes.render import PATCH, SIZE, sample_scenes
 from train.tiny.captions import CAPTIONS
 
@@ -39,7 +39,8 @@ def corpus(size: int = 4000) -> list[str]:
     """Conversations of every kind, captions included, as plain text."""
     rng = np.random.default_rng(0)
     scenes = sample_scenes(rng, size, "train")
-    kinds = list(SETS["all"].values()) + list(CAPTIONS.values())
+    asked = ("rightmost", "topmost", "leftmost_colour", "is_there")
+    kinds = [*BASE.values(), *(SETS["all"][name] for name in asked), *CAPTIONS.values()]
     lines = []
     for index in range(size):
         dialogue = kinds[index % len(kinds)](scene_items(scenes, index), rng)
