@@ -243,3 +243,11 @@ def test_deepcopy_is_independent() -> None:
     with torch.no_grad():
         twin.lm_head.weight.zero_()
     assert torch.equal(model(**data).logits, expected)
+
+
+def test_arguments_may_be_positional() -> None:
+    model, data = tiny_llava(), batch()
+    attach(model, HASH, prompt=PROMPT)
+    named = model(**prompts(data)).logits
+    found = model(data["input_ids"], data["pixel_values"], data["attention_mask"]).logits
+    assert torch.equal(found, named)

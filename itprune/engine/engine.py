@@ -15,6 +15,7 @@ implementation's name.
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from itprune.config import PruneConfig
-from itprune.engine.attention import PREFIX, pruned_name
+from itprune.engine.attention import pruned_name
 from itprune.engine.cache import PrunedLayer
 from itprune.engine.context import CONTEXT, Context, Sequence
 from itprune.engine.request import Request
@@ -58,6 +59,7 @@ class Engine:
         self._text = family.text_model
         self._depth = len(family.layers)
         self._sliding = _slides(self._text.config)
+        self._arguments = tuple(signature(model.forward).parameters)
         self._request: Request | None = None
         self._vision: VisionPass | None = None
         self._handles: list[RemovableHandle] = []
@@ -111,7 +113,7 @@ class Engine:
 
     # ------------------------------------------------------------------------ whole model
     def _open_request(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        request = Request.read(args, kwargs)
+        request = Request.read({**dict(zip(self._arguments, args, strict=False)), **kwargs})
         wanted = self.config.label_only_logits
         active = not self.method.idle and request.has_images
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
@@ -286,6 +288,3 @@ def _refuse_second(model: PreTrainedModel) -> None:
     owners = (h.__self__ for h in model._forward_pre_hooks.values() if isinstance(h, MethodType))
     if any(isinstance(owner, Engine) for owner in owners):
         raise ValueError("this model is attached already; detach() it first")
-
-
-__all__ = ["PREFIX", "Engine"]

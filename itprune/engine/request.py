@@ -37,9 +37,9 @@ class Request:
     """(B, S) positions the head computes; None: as the host says."""
 
     @classmethod
-    def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        labels, targets = kwargs.get("labels"), kwargs.get("shift_labels")
+    def read(cls, kwargs: dict[str, Any]) -> Request:
+        """Reads the call's arguments, by name."""
+        ids, labels, targets = (kwargs.get(k) for k in ("input_ids", "labels", "shift_labels"))
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         mask = kwargs.get("attention_mask")
@@ -52,8 +52,8 @@ class Request:
             ids=ids,
             targets=targets,
             padding_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            # Placeholder ids alone are not enough: a model may generate them while decoding.
             guesses=max(wanted - 1, 0) if isinstance(wanted, int) else 0,
+            # Placeholder ids alone are not enough: a model may generate them while decoding.
             has_images=pixels or any(v is not None for v in encoded.values()),
         )
 

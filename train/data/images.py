@@ -10,10 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from itprune.question import MAX_PIXELS
 from train.data.sample import BadSample
-
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit; Pillow only warns there, a training run refuses."""
 
 
 class ImageOpener:
