@@ -11,11 +11,12 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
+from itprune.question import IMAGE
 from tests.tiny_llava import MARKED, PLAIN, build_processor
 from train.data.collate import BAD, Collator
 from train.data.encode import IGNORED, Encoder
 from train.data.images import ImageOpener
-from train.data.sample import IMAGE, BadSample, Sample, Turn
+from train.data.sample import BadSample, Sample, Turn
 
 OPENER = ImageOpener(Path(), strict=True)
 PICTURE = Image.new("RGB", (60, 60), "red")

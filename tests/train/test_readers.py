@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from itprune.question import IMAGE
 from tests.train.helpers import turn
 from train.data.dataset import read_records
 from train.data.images import MAX_PIXELS, ImageOpener
 from train.data.llava import LlavaRecords, llava_sample
 from train.data.messages import JsonlRecords, record_sample
-from train.data.sample import IMAGE, BadSample, Sample, Turn
+from train.data.sample import BadSample, Sample, Turn
 from train.sections import DataSection
 
 ASKED = [turn("human", "<image>\nWhat?"), turn("gpt", "A dog.")]

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from itprune.question import IMAGE
 from train.data.images import ImageOpener
-from train.data.sample import IMAGE, BadSample, Sample, Turn
+from train.data.sample import BadSample, Sample, Turn
 
 IGNORED = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
