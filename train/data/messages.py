@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from itprune.question import IMAGE
 from train.data.llava import llava_sample, read_text
 from train.data.sample import (
-    IMAGE,
     BadSample,
     Sample,
     Turn,
