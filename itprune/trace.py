@@ -15,7 +15,7 @@ class Trace:
     """
 
     score: Tensor | None = None
-    """(V,) the stage-1 score of every visual token, image after image."""
+    """(V,) the score stage 1 chose by, image after image."""
     lens: Tensor | None = None
     """(n,) visual tokens of each image."""
     keep: Tensor | None = None

@@ -21,6 +21,7 @@ from itprune.tokens import Images
 from itprune.trace import Trace
 
 TRACED_SCORE = "attention"
+"""What a trace shows of a method that asks for no score."""
 
 
 @dataclass
@@ -38,6 +39,8 @@ class VisionPass:
     kept: Tensor | None = None
     """(K,) flat index of the features that were projected; None: all."""
     shape: torch.Size = field(default_factory=torch.Size)
+    scored: Tensor | None = None
+    """(V,) the score the method asked for last."""
     trace: Trace | None = None
     open: bool = True
 
@@ -63,7 +66,8 @@ class VisionPass:
         kept = method.before_llm(images)
         keep = kept.keep if self.protected is None else kept.keep | self.protected
         if self.trace is not None:
-            self.trace.score, self.trace.lens = self._salience(TRACED_SCORE), images.lens
+            score = self._salience(TRACED_SCORE) if self.scored is None else self.scored
+            self.trace.score, self.trace.lens = score, images.lens
             self.trace.keep = keep
         self.query = self.key = self.hidden = None
         if bool(keep.all()) and kept.features is None:
@@ -105,7 +109,8 @@ class VisionPass:
         if score.shape[1] == self.shape[1] - 1:
             # vision_feature_select_strategy "full": CLS is the first visual token.
             score = torch.cat([score.amax(1, keepdim=True), score], 1)
-        return score.flatten()
+        self.scored = score.flatten()
+        return self.scored
 
 
 def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
