@@ -10,6 +10,7 @@ A run whose output folder holds a checkpoint of the same recipe goes on from the
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs; returns the exit status, 2 for an error the user can put right."""
     options = make_parser().parse_intermixed_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from train.config import load_recipe
         from train.launcher import read_launch
