@@ -47,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         lines = "".join(json.dumps(sample) + "\n" for sample in split["val"])
         (data / "questions.jsonl").write_text(lines)
     jobs = [(method, seed) for seed in given.seeds for method in given.methods]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda job: tune(given.output, job, given.keep, given.set), jobs))
+    try:
+        with ThreadPoolExecutor(given.jobs) as pool:
+            list(pool.map(lambda job: tune(given.output, job, given.keep, given.set), jobs))
+    except subprocess.CalledProcessError as error:
+        print(f"error: a run failed ({error.returncode}); its log lies in {given.output}")
+        return 1
     rows = [summary(given.output, method, given.seeds) for method in given.methods]
     print(table(rows))
     (given.output / "compare.json").write_text(json.dumps(rows, indent=1) + "\n")
