@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from itprune import PromptFormat, PruneConfig, attach
 from tests.models import ASSISTANT, DEPTH, ROWS, batch, prompts, tiny_llava
@@ -251,3 +252,16 @@ def test_arguments_may_be_positional() -> None:
     named = model(**prompts(data)).logits
     found = model(data["input_ids"], data["pixel_values"], data["attention_mask"]).logits
     assert torch.equal(found, named)
+
+
+def test_counted_flops_agree_with_the_report() -> None:
+    model, data = tiny_llava(), batch()
+    attached = attach(model, config(), prompt=PROMPT)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        model(**data, use_cache=False)
+    text, drops = model.get_decoder().config, attached.report.drops
+    a_token = 3 * 2 * text.hidden_size * text.intermediate_size  # gate, up and down projection
+    for layer in range(DEPTH):
+        tokens = sum(drops[max(start for start in drops if start <= layer)])
+        name = f"LlavaForConditionalGeneration.model.language_model.layers.{layer}.mlp"
+        assert sum(counter.get_flop_counts()[name].values()) == tokens * a_token
