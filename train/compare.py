@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=float, default=0.22)
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
+    parser.add_argument("--train", type=int, default=4800, help="training scenes")
     parser.add_argument("--val", type=int, default=600, help="held-out scenes")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value")

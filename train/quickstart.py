@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs every step; a step that fails ends with its own message and status."""
     parser = argparse.ArgumentParser(prog="python -m train.quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/quickstart"))
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
+    parser.add_argument("--train", type=int, default=4800, help="training scenes")
     parser.add_argument("--val", type=int, default=240, help="held-out scenes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
     given = parser.parse_args(argv)
