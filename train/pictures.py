@@ -65,7 +65,8 @@ def stage_masks(trace: Trace) -> list[tuple[np.ndarray, str]]:
     """(V,) masks of the visual tokens alive after stage 1 and at the end, with names."""
     assert trace.visual is not None
     alive = [trace.alive[layer] for layer in sorted(trace.alive)]
-    names = ["stage 1", f"stage 2 (layers {max(trace.alive)}+)"]
+    second = f"stage 2 (layers {max(trace.alive)}+)" if len(alive) > 1 else "stage 2, no more drops"
+    names = ["stage 1", second]
     picked = [alive[0], alive[-1]]
     return [(a[trace.visual].numpy(), n) for a, n in zip(picked, names, strict=True)]
 
