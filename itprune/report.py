@@ -76,6 +76,12 @@ class Report:
         return [sum(column) for column in zip(*per_segment, strict=True)]
 
     @property
+    def visual_layer_tokens(self) -> int:
+        """Visual tokens of all samples, summed over layers."""
+        parts = zip(self.visual_drops.values(), self._lengths(), strict=True)
+        return sum(sum(tokens) * length for tokens, length in parts)
+
+    @property
     def layer_average(self) -> float:
         """Fraction of all tokens kept, averaged over layers."""
         return sum(self.kv_entries) / (self.depth * max(sum(self.tokens_in), 1))
@@ -83,9 +89,7 @@ class Report:
     @property
     def visual_layer_average(self) -> float:
         """Fraction of the visual tokens kept, averaged over layers: what `keep` aims at."""
-        parts = zip(self.visual_drops.values(), self._lengths(), strict=True)
-        kept = sum(sum(tokens) * length for tokens, length in parts)
-        return kept / (self.depth * max(sum(self.visual_in), 1))
+        return self.visual_layer_tokens / (self.depth * max(sum(self.visual_in), 1))
 
 
 @dataclass
@@ -123,8 +127,7 @@ class Totals:
             self.visual_stage2 += sum(r.segments[-1].visual.tolist())
             self.tokens_llm += sum(r.tokens_stage1)
             self.layer_tokens += sum(r.kv_entries)
-            parts = zip(r.visual_drops.values(), r._lengths(), strict=True)
-            self.visual_layer_tokens += sum(sum(n) * length for n, length in parts)
+            self.visual_layer_tokens += r.visual_layer_tokens
             self.layers = r.depth
         self._waiting.clear()
         return self

@@ -140,18 +140,7 @@ def _wait(processes: int) -> None:
         dist.barrier()
 
 
-def leave(status: int) -> None:
-    """Ends the process; one of several without the interpreter's teardown.
-
-    Everything is written and the process group closed by now, but on a CPU gloo's native threads
-    can still be running, and tearing them down then aborts a rank that has done its work.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
+    from train.launcher import leave
+
     leave(main())

@@ -107,10 +107,6 @@ class Engine:
             config._attn_implementation = name
         self._attention.clear()
 
-    @property
-    def attached(self) -> bool:
-        return bool(self._handles)
-
     # ------------------------------------------------------------------------ whole model
     def _open_request(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         request = Request.read({**dict(zip(self._arguments, args, strict=False)), **kwargs})
