@@ -11,6 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from tests.golden import FOLDER
+
+    parser.addoption("--golden", default=str(FOLDER), help="folder of golden data to replay")
+
+
 @pytest.fixture(scope="session")
 def tiny_llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaVA (float32) whose template marks and ends the assistant turns."""
