@@ -1,8 +1,8 @@
 """Golden data: what the published implementations compute, replayed on ours.
 
-A folder holds `vision_N`, `functional_N`, `llm_N` and `yopo_window` safetensors files beside the tiny
-models that made them. Each module here adds cases: a function from one file's tensors to what our
-code makes of its inputs, compared with the stored output of the same key.
+A folder holds `vision_N`, `functional_N`, `llm_N` and `yopo_window` safetensors files beside the
+tiny models that made them. Each module here adds cases: a function from one file's tensors to what
+our code makes of its inputs, compared with the stored output of the same key.
 """
 
 from __future__ import annotations
