@@ -8,12 +8,12 @@ ordinary model folders and for pictures unlike those of training.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itprune.cli.loading import add_model_options, load
+from itprune.records import read_records
 
 if TYPE_CHECKING:
     from itprune.answer import Answerer
@@ -124,32 +124,9 @@ def _entries(data: Path) -> list[Any]:
     Raises:
         ValueError: nothing there, or not JSON.
     """
-    if data.is_dir():
-        found: list[Any] = sorted(p for p in data.rglob("*") if p.suffix.lower() in PICTURES)
-    else:
-        try:
-            found = _records(data)
-        except OSError as error:
-            raise ValueError(f"{data}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{data}: not UTF-8 text") from None
+    if not data.is_dir():
+        return read_records(data)
+    found = sorted(p for p in data.rglob("*") if p.suffix.lower() in PICTURES)
     if not found:
-        raise ValueError(f"{data}: holds no {'images' if data.is_dir() else 'samples'}")
+        raise ValueError(f"{data}: holds no images")
     return found
-
-
-def _records(data: Path) -> list[Any]:
-    text = data.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            return list(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{data}:{error.lineno}: not valid JSON ({error.msg})") from None
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{data}:{number}: not valid JSON ({error.msg})") from None
-    return records
