@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from itprune.calibration import Calibration, Recorder
+from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.engine import Engine
 from itprune.families import find_family
@@ -20,6 +21,7 @@ from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
 from itprune.report import Report, Totals
 from itprune.trace import Trace
+from itprune.trained import register_trained, unregister_trained
 
 
 class Attached:
@@ -53,7 +55,7 @@ class Attached:
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
-        self.method.calibration = calibration
+        self.method.use(calibration)
 
     @property
     def keep(self) -> float | None:
@@ -66,11 +68,11 @@ class Attached:
         Raises:
             ValueError: outside that range.
         """
-        self.method.keep = self.config.replace(keep=keep).keep_at(1.0)
+        self.method.share(self.config.replace(keep=keep).keep_at(1.0))
 
     def set_progress(self, progress: float) -> None:
         """Moves a scheduled `keep` to training progress 0..1."""
-        self.method.keep = self.config.keep_at(progress)
+        self.method.share(self.config.keep_at(progress))
 
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
@@ -84,6 +86,7 @@ class Attached:
     def detach(self) -> None:
         """Gives the model back exactly as it was."""
         self._engine.detach()
+        unregister_trained(self._engine.family.model)
 
     def __enter__(self) -> Attached:
         return self
@@ -133,11 +136,13 @@ def attach(
     config = config or PruneConfig()
     inner = base_model(model)
     family = find_family(inner)
-    method = build_method(config.method, config.options, len(family.layers))
-    method.calibration = calibration
-    method.keep = config.keep_at(0.0 if model.training else 1.0)
+    method = build_method(config.method, config.options, family.host)
+    method.use(calibration)
+    method.share(config.keep_at(0.0 if model.training else 1.0))
     prompt = prompt or PromptFormat(_special_ids(inner))
-    return Attached(Engine(inner, family, method, config, prompt), config)
+    engine = Engine(inner, family, method, config, prompt)
+    register_trained(model, inner, method)
+    return Attached(engine, config)
 
 
 def _special_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -154,8 +159,7 @@ def calibrate(
 ) -> Calibration:
     """Measures what the raw rule keeps, so that the `keep` in force is met on average.
 
-    Stages are calibrated in the order they act, each while the earlier ones already meet their
-    target; `batches` is therefore gone through once per stage.
+    A method may go through the batches several times, e.g. once per stage.
 
     Args:
         attached: an attached model; its `calibration` is set.
@@ -165,30 +169,76 @@ def calibrate(
     Raises:
         ValueError: no batch had an image, or the method has nothing to calibrate.
     """
-    stages = attached.method.calibration_stages()
-    if not stages:
+    if not attached.method.calibrates:
         raise ValueError(f"method {attached.config.method!r} has nothing to calibrate")
     rows = _first_rows(batches, limit)
-    engine, method = attached._engine, attached.method
-    model = engine.family.model
-    modes, before = {m: m.training for m in model.modules()}, engine.report
-    model.eval()
-    totals, engine.totals = engine.totals, Totals()
+    if not rows:
+        raise ValueError("calibration needs samples with images, and found none")
+    with _aside(attached):
+        found = attached.method.calibrate(_Trial(attached, rows))
+    found = dataclasses.replace(found, host=dataclasses.asdict(attached.method.host))
+    attached.calibration = found
+    return found
+
+
+class _Trial:
+    """What a method does with the calibration batches."""
+
+    def __init__(self, attached: Attached, batches: list[Mapping[str, Any]]) -> None:
+        self.attached, self.batches = attached, batches
+        self.model = attached._engine.family.model
+        self.dense: list[Tensor] = []
+
+    def run(self) -> None:
+        """Forwards every calibration batch."""
+        for batch in self.batches:
+            self._forward(batch)
+
+    def fidelity(self) -> float:
+        """exp(-KL(dense | now)) of the next-token distribution, averaged over all samples."""
+        method = self.attached.method
+        if not self.dense:
+            keep = method.keep
+            method.share(1.0)
+            recorder, method.recorder = method.recorder, None
+            self.dense = [self._forward(batch).log_softmax(-1) for batch in self.batches]
+            method.share(keep)
+            method.recorder = recorder
+        total, count = 0.0, 0
+        for batch, dense in zip(self.batches, self.dense, strict=True):
+            now = self._forward(batch).log_softmax(-1)
+            divergence = (dense.exp() * (dense - now)).sum(-1)
+            total += float(divergence.neg().exp().sum())
+            count += len(divergence)
+        return total / count
+
+    def _forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, vocabulary) float32 logits of each prompt's last token."""
+        device = self.model.device
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        place = torch.arange(mask.shape[1], device=device)
+        last = (mask * (place + 1)).argmax(1)
+        columns = last.unique()
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        return logits[torch.arange(len(last)), torch.searchsorted(columns, last)].float()
+
+
+@contextmanager
+def _aside(attached: Attached) -> Iterator[None]:
+    """Evaluation mode, and nothing of what runs inside is left in reports or totals."""
+    engine = attached._engine
+    modes = {m: m.training for m in engine.family.model.modules()}
+    report, totals = engine.report, engine.totals
+    engine.totals = Totals()
+    engine.family.model.eval()
     try:
-        method.calibration = None
-        for _ in stages:
-            method.recorder = Recorder()
-            for batch in rows:
-                _forward(model, batch)
-            method.calibration = method.recorder.finish()
+        yield
     finally:
-        method.recorder, engine.totals, engine.report = None, totals, before
+        engine.totals, engine.report = totals, report
         for module, mode in modes.items():
             module.training = mode
-    found = method.calibration
-    if found is None or not set(stages) <= set(found.curves):
-        raise ValueError("calibration needs samples with images, and found none")
-    return found
 
 
 def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
@@ -201,9 +251,3 @@ def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mappin
         if count >= limit:
             break
     return rows
-
-
-def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    device = model.device
-    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-    model(**inputs, use_cache=False, logits_to_keep=1)

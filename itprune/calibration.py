@@ -53,6 +53,10 @@ class Calibration:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0
+    found: Mapping[str, Any] = field(default_factory=dict)
+    """A method's own record, plain JSON: a schedule, head masks, …"""
+    host: Mapping[str, Any] = field(default_factory=dict)
+    """Shape of the model it was made with."""
 
     def scale(self, stage: str, rule: str, target: float) -> float | None:
         """The scale for a stage, or None when this stage or rule was never calibrated."""
@@ -63,6 +67,8 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         return {
             "samples": self.samples,
+            "found": dict(self.found),
+            "host": dict(self.host),
             "rules": dict(self.rules),
             "curves": {
                 name: {"fraction": list(c.fraction), "weight": list(c.weight)}
@@ -83,8 +89,10 @@ class Calibration:
                 },
                 rules={str(k): str(v) for k, v in values["rules"].items()},
                 samples=int(values["samples"]),
+                found=dict(values.get("found", {})),
+                host=dict(values.get("host", {})),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"calibration: not a calibration record ({error!r})") from None
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from itprune.options import check_choice, check_fraction, from_mapping, to_plain
 
+POSITIONS = ("original", "contiguous")
 LAYOUTS = ("packed", "padded")
 LABEL_ONLY_LOGITS = ("pruned", "always", "never")
 SHAPES = ("linear", "cosine")
-COMMON = ("method", "keep", "layout", "label_only_logits")
+COMMON = ("method", "keep", "positions", "layout", "label_only_logits")
 """Keys of the `prune` section that every method has."""
 
 
@@ -59,10 +60,14 @@ class PruneConfig:
     """
 
     method: str = "itprune"
-    """Name of a registered method; `itprune.methods()` lists them."""
+    """Name of a registered method; `itprune.methods()` lists them. Several that act at different
+    places are joined by `+` (in YAML also a list); their options are then sections."""
     keep: float | Schedule | None = 0.22
     """Average fraction of visual tokens kept, averaged over the LLM's layers; None: the method's
     own rule decides; a Schedule: moves with training progress. 1.0 is exactly the dense model."""
+    positions: str | None = None
+    """Position ids of what stays: original, contiguous (renumbered after each drop), or null: as
+    the method was published."""
     layout: str = "packed"
     """packed: one row of all samples' tokens, no padding; padded: rows padded to the longest."""
     label_only_logits: str = "pruned"
@@ -76,6 +81,8 @@ class PruneConfig:
             object.__setattr__(self, "keep", _schedule(self.keep))
         elif not isinstance(self.keep, Schedule):
             check_fraction("prune.keep", self.keep)
+        if self.positions is not None:
+            check_choice("prune.positions", self.positions, POSITIONS)
         check_choice("prune.layout", self.layout, LAYOUTS)
         check_choice("prune.label_only_logits", self.label_only_logits, LABEL_ONLY_LOGITS)
 
@@ -87,6 +94,10 @@ class PruneConfig:
         known = {k: v for k, v in values.items() if k in COMMON}
         if isinstance(known.get("keep"), str):
             known["keep"] = _number("prune.keep", known["keep"])
+        if isinstance(known.get("method"), list) and known["method"]:
+            known["method"] = "+".join(map(str, known["method"]))
+        if known.get("positions", "") is None:
+            del known["positions"]
         for key in known.keys() - {"keep"}:
             if not isinstance(known[key], str):
                 raise ValueError(f"prune.{key}: must be a name, got {known[key]!r}")
@@ -98,6 +109,7 @@ class PruneConfig:
         return {
             "method": self.method,
             "keep": keep,
+            "positions": self.positions,
             "layout": self.layout,
             "label_only_logits": self.label_only_logits,
             **to_plain(dict(self.options)),

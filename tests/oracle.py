@@ -33,7 +33,7 @@ class HashChoice(Method):
     """A pseudo-random, content-free choice at any stages: exercises the engine, not a rule."""
 
     Options = HashOptions
-    acts_before_llm = True
+    places = ("before_llm", "layers")
 
     def layers(self) -> tuple[int, ...]:
         return self.options.after
@@ -45,12 +45,12 @@ class HashChoice(Method):
         share = self.options.image - 0.2 * (images.fingerprint % 2)[images.image]
         return Kept(_hash(index, 1) < share)
 
-    def after_layer(self, tokens: LayerTokens) -> Tensor:
+    def after_layer(self, tokens: LayerTokens) -> Kept:
         first = torch.searchsorted(tokens.sample, tokens.sample)
         index = torch.arange(len(tokens.sample)) - first
         share = torch.where(tokens.visual, self.options.visual, self.options.text)
         droppable = tokens.visual | tokens.droppable_text
-        return (_hash(index, tokens.layer + 2) < share) | ~droppable
+        return Kept((_hash(index, tokens.layer + 2) < share) | ~droppable)
 
 
 def _hash(index: Tensor, salt: int) -> Tensor:

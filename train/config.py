@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from itprune.config import PruneConfig
 from itprune.methods import build_method
+from itprune.methods.combined import SEPARATOR
+from itprune.methods.base import Host
 from itprune.options import from_mapping, nearest, to_plain
 from train.arguments import check_trainer
 from train.sections import DataSection, LoraSection, ModelSection
@@ -26,6 +29,8 @@ SECTIONS = ("model", "data", "lora", "prune", "trainer")
 REQUIRED = ("model", "data", "trainer")
 VERY_DEEP = 1000
 RECIPE_NAME = "recipe.yaml"
+ROUTED = "dyvte"
+"""The method whose routers mode `router` trains."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Recipe:
 
     @property
     def mode(self) -> str:
-        """What trains: lora, full or projector."""
+        """What trains: lora, full, projector or router."""
         assert self.model.mode is not None
         return self.model.mode
 
@@ -126,15 +131,34 @@ def _build(values: dict[str, Any]) -> Recipe:
         raise ValueError("model.mode: lora needs a `lora` section (r, alpha, ...)")
     if recipe.mode != "lora" and recipe.lora is not None:
         raise ValueError(f"model.mode: {recipe.mode} does not use the `lora` section; remove one")
+    if recipe.mode == "router":
+        _check_router(recipe)
     if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.data.val:
         raise ValueError("trainer.eval_strategy: an evaluation needs data.val")
     return recipe
 
 
+def _check_router(recipe: Recipe) -> None:
+    if recipe.prune is None or ROUTED not in recipe.prune.method.split(SEPARATOR):
+        raise ValueError(f"model.mode: router trains the routers of prune.method: {ROUTED}")
+    options = recipe.prune.options
+    if options.get("exit_layer", options.get(ROUTED, {}).get("exit_layer")) is not None:
+        raise ValueError("prune.exit_layer: a fixed exit has no routers to train; remove it")
+    if "pruner" in recipe.model.freeze:
+        raise ValueError("model.freeze: mode router trains the pruner, it cannot be frozen")
+    if recipe.trainer.get("gradient_checkpointing"):
+        raise ValueError(
+            "trainer.gradient_checkpointing: mode router sends nothing back through the model, so "
+            "there is nothing to recompute; remove it"
+        )
+
+
 def _prune(values: dict[str, Any]) -> PruneConfig:
     """The method's own options are checked here too; layers only against a very deep model."""
     config = PruneConfig.from_dict(values)
-    build_method(config.method, config.options, VERY_DEEP)
+    host = dataclasses.replace(Host.example(), depth=VERY_DEEP)
+    with torch.device("meta"):  # trained parts of such a model would not fit into memory
+        build_method(config.method, config.options, host)
     return config
 
 

@@ -186,7 +186,8 @@ def set_train_mode(model: nn.Module) -> None:
 @torch.no_grad()
 def _bend_curves(model: PreTrainedModel) -> None:
     """Makes the scoring attention steep."""
-    attention: Any = find_family(model).feature_attention
+    family = find_family(model)
+    attention: Any = family.block_attention(family.blocks[family.feature_block])
     for projection in (attention.q_proj, attention.k_proj):
         projection.weight.mul_(CURVE_GAIN**0.5)
 

@@ -30,10 +30,15 @@ Tap = Callable[[Tensor, Tensor, float], None]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention call carries: packed rows (None: the host's layout) and a tap."""
+    """What one attention call carries."""
 
     rows: Rows | None = None
+    """Packed rows; None: the host's layout."""
     tap: Tap | None = None
+    only_tap: bool = False
+    """Nothing is attended to: the call exists for its q and k."""
+    isolated: int = 0
+    """Trailing tokens of an encoder that see everything and are seen by themselves only."""
 
 
 def pruned_name(base: str) -> str:
@@ -72,6 +77,10 @@ def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if call.tap is not None:
             call.tap(query.detach(), key.detach(), scale)
+        if call.only_tap:
+            return torch.zeros_like(query).transpose(1, 2), None
+        if call.isolated:
+            return isolated_attention(query, key, value, call.isolated, scale, dropout), None
         if call.rows is not None and not varlen_by_host:
             return packed_attention(query, key, value, call.rows, scale, dropout), None
         if call.rows is not None:
@@ -87,6 +96,28 @@ def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         )
 
     return attention
+
+
+def isolated_attention(
+    query: Tensor, key: Tensor, value: Tensor, count: int, scale: float, dropout: float
+) -> Tensor:
+    """Encoder attention in which the last `count` tokens are invisible to all others.
+
+    Args:
+        query, key, value: (n, H, T + count, d).
+
+    Returns:
+        (n, T + count, H, d); the first T rows are what they are without the others.
+    """
+    own = query.shape[2] - count
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
+        for q, k, v in (
+            (query[:, :, :own], key[:, :, :own], value[:, :, :own]),
+            (query[:, :, own:], key, value),
+        )
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def packed_attention(

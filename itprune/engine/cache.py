@@ -26,6 +26,8 @@ class PrunedLayer(DynamicLayer):
         aligned: True while no pad was ever stored: decoding then needs no mask and no sync.
         history: where the rows of each pruned call began: layers with an equal history hold the
             same tokens and can share a mask.
+        late: (B,) by how much position ids lag behind the virtual ones, where kept tokens were
+            renumbered; None: nowhere.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
@@ -41,11 +43,22 @@ class PrunedLayer(DynamicLayer):
         self.virtual_length = 0
         self.aligned = True
         self.history: tuple[int, ...] = ()
+        self.late: Tensor | None = None
+        self._renumbered_up_to = 0
         self._coming: Rows | None = None
 
-    def expect(self, rows: Rows, start: int) -> None:
-        """Announces that the next `update` brings `rows`, shared by all layers from `start` on."""
+    def expect(self, rows: Rows, start: int, late: Tensor | None = None) -> None:
+        """Announces that the next `update` brings `rows`, shared by all layers from `start` on.
+
+        Args:
+            rows: what comes.
+            start: first layer of those that share them.
+            late: (B,) positions saved by renumbering them; None: not renumbered.
+        """
         self._coming = rows
+        if late is not None:
+            self.late = late if self.late is None else self.late + late
+            self._renumbered_up_to = self.virtual_length + rows.length
         self.history = (*self.history, start)
 
     def update(
@@ -88,6 +101,7 @@ class PrunedLayer(DynamicLayer):
         if self.position is not None and self.filled is not None:
             self.keys, self.values = change(self.keys), change(self.values)
             self.position, self.filled = change(self.position), change(self.filled)
+            self.late = None if self.late is None else change(self.late)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -106,6 +120,11 @@ class PrunedLayer(DynamicLayer):
         left = length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
         if tokens_to_remove == 0 or left >= length or self.position is None or self.filled is None:
             return
+        if self.late is not None and left < self._renumbered_up_to:
+            raise ValueError(
+                "a cache cannot be cropped into a prompt whose kept tokens were renumbered; set "
+                "prune.positions: original"
+            )
         stays = (self.position < left) & self.filled
         width = int(stays.sum(1).max())  # entries are ascending, so what stays is on the left
         self.keys, self.values = self.keys[..., :width, :], self.values[..., :width, :]

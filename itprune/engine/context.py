@@ -17,41 +17,17 @@ from transformers.cache_utils import Cache
 from itprune.engine.attention import KEYWORD, AttentionCall
 from itprune.engine.cache import PrunedLayer, adopt_layers
 from itprune.engine.masks import causal_mask, gather_mask
-from itprune.engine.relevance import Tapped, instruction_attention
+from itprune.engine.positions import Decoder, Positions
+from itprune.engine.relevance import LayerScores, Tapped
 from itprune.engine.rows import Rows
+from itprune.engine.sequence import Sequence
 from itprune.methods.base import Method
 from itprune.ragged import group_sizes
 from itprune.report import Report, Segment
-from itprune.tokens import LayerTokens
+from itprune.tokens import LayerTokens, Merge
 from itprune.trace import Trace
 
 CONTEXT = "itprune_context"
-
-
-@dataclass
-class Sequence:
-    """The host's sequence: one (B, S) mask per fact."""
-
-    valid: Tensor
-    """Not padding."""
-    visual: Tensor
-    protected: Tensor
-    """Never dropped."""
-    instruction: Tensor
-    """Text of the first user turn."""
-    asks: Tensor
-    """Instruction rows whose attention decides at stage 2."""
-    padding_mask: Tensor | None
-    """(B, past + S) as the host got it; None: no padding."""
-
-    def at(self, name: str, rows: Rows) -> Tensor:
-        """(N,) one of the masks, for the tokens alive."""
-        return {
-            "visual": self.visual,
-            "protected": self.protected,
-            "instruction": self.instruction,
-            "asks": self.asks,
-        }[name].reshape(-1)[rows.token]
 
 
 @dataclass
@@ -73,10 +49,14 @@ class Context:
     """What layer 0 runs on; None: the host's own layout."""
     packed: bool
     """Layout of rows made later."""
+    host: Decoder
+    positions: Positions
     rows_at: list[Rows | None] = field(default_factory=list)
     """What each layer ran on, filled as the layers run."""
     moves: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> index of the flat rows it takes from its predecessor's."""
+    merges: dict[int, Merge] = field(default_factory=dict)
+    """Layer -> what merged tokens hold on the way into it, as indices of its flat input."""
     tapped: dict[int, Tapped] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -86,15 +66,26 @@ class Context:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """The short tensors layer `index` runs on; None: leave the host's untouched."""
         if len(self.rows_at) == index:
-            self._decide(index)
+            self._decide(index, hidden, kwargs)
         rows = self.rows_at[index]
         if index in self.moves:
             assert rows is not None
-            before = self.rows_at[index - 1] if index else None
-            flat = hidden.reshape(-1, hidden.shape[-1]) if before is None else before.flat(hidden)
-            hidden = rows.shape(flat[self.moves[index]])
-        physical = self._physical(index, rows, kwargs)
+            hidden = rows.shape(self._flat(index, hidden)[self.moves[index]])
+        physical = self._physical(index, rows, hidden, kwargs)
         return None if physical is None else (hidden, physical)
+
+    def _flat(self, index: int, hidden: Tensor) -> Tensor:
+        """(N, D) hidden states into layer `index`, on the tokens of the layer before; merged ones
+        have their new contents. Without rows the host's full (B S, D)."""
+        before = self.rows_at[index - 1] if index else None
+        flat = hidden.reshape(-1, hidden.shape[-1]) if before is None else before.flat(hidden)
+        merge = self.merges.get(index)
+        if merge is None:
+            return flat
+        parts = flat[merge.source] * merge.weight[:, None].to(flat.dtype)
+        fresh = torch.zeros_like(flat).index_add(0, merge.target, parts)
+        changed = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        return torch.where(changed.index_fill(0, merge.target, True)[:, None], fresh, flat)
 
     def after_last(self, hidden: Tensor) -> Tensor:
         """Back to (B, S, D) for the host's norm, head and loss."""
@@ -120,77 +111,113 @@ class Context:
             trace.alive[index] = alive.view_as(self.sequence.valid)
 
     # ------------------------------------------------------------------------ decisions
-    def _decide(self, index: int) -> None:
-        if index == 0:
-            rows = self.first
-            if rows is not None:
-                self.moves[0] = rows.token
-        else:
-            rows = self.rows_at[index - 1]
-            if index - 1 in self.tapped:
-                rows = self._drop(index, rows)
+    def _decide(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        rows = self.first if index == 0 else self.rows_at[index - 1]
+        if index == 0 and rows is not None:
+            self.moves[0] = rows.token
+            self.positions.number(rows, None, None, kwargs, 0)
+        elif index and self.method is not None and index - 1 in self.method.layers():
+            rows = self._drop(index, rows, hidden, kwargs)
         if rows is not None and index in self.moves and self.cache is not None:
             adopt_layers(self.cache, index, self.depth)
         self.rows_at.append(rows)
 
-    def _drop(self, index: int, before: Rows | None) -> Rows | None:
+    def _drop(
+        self, index: int, before: Rows | None, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Rows | None:
         """Asks the method after layer `index - 1`; returns what layer `index` runs on."""
         assert self.method is not None
         alive = self._all_valid() if before is None else before
-        tokens = self._layer_tokens(index - 1, alive, before is None)
-        keep = self.method.after_layer(tokens) | self.sequence.at("protected", alive)
-        if bool(keep.all()):
+        if self.method.look_ahead:
+            self._look_ahead(index, before, hidden, kwargs)
+        if index - 1 not in self.tapped:
+            return before
+        flat = self._flat(index, hidden)
+        if before is None:
+            flat = flat[alive.token]
+        answer = self.method(self._layer_tokens(index - 1, alive, before is None, flat.detach()))
+        keep = answer.keep | self.sequence.at("protected", alive)
+        if bool(keep.all()) and answer.merge is None:
             return before
         kept = alive.select(keep)
         kept.packed = self.packed
+        self.positions.number(kept, alive, keep, kwargs, 1)
         self.moves[index] = kept.token if before is None else keep.nonzero()[:, 0]
+        if answer.merge is not None:
+            merge = answer.merge
+            place = alive.token if before is None else torch.arange(len(keep), device=keep.device)
+            self.merges[index] = Merge(place[merge.source], place[merge.target], merge.weight)
         return kept
+
+    def _look_ahead(
+        self, index: int, before: Rows | None, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Taps layer `index` on all tokens that reach it; draws no random numbers of the run."""
+        tables = kwargs["position_embeddings"]
+        if before is not None:
+            tables = self.positions.tables(before, self._cache_layer(index), hidden, tables)
+        cuda = [hidden.device] if hidden.is_cuda else []
+
+        def tap(query: Tensor, key: Tensor, scale: float) -> None:
+            self.tapped[index - 1] = Tapped(query, key, scale, *tables)
+
+        call = AttentionCall(tap=tap, only_tap=True)
+        with torch.no_grad(), torch.random.fork_rng(cuda):
+            self.host.query_key(index, hidden, {"position_embeddings": tables, KEYWORD: call})
 
     def _all_valid(self) -> Rows:
         samples, length = self.sequence.valid.shape
         token = self.sequence.valid.reshape(-1).nonzero()[:, 0]
         return Rows(token, samples, length, packed=False)
 
-    def _layer_tokens(self, layer: int, rows: Rows, host_layout: bool) -> LayerTokens:
-        seq, tapped = self.sequence, self.tapped.pop(layer)
-        asks = seq.at("asks", rows)
-
-        def relevance(rope: bool) -> Tensor:
-            return instruction_attention(tapped, rows, host_layout, asks, rope)
-
+    def _layer_tokens(
+        self, layer: int, rows: Rows, host_layout: bool, hidden: Tensor
+    ) -> LayerTokens:
+        seq = self.sequence
+        scores = LayerScores(self.tapped.pop(layer), rows, host_layout)
         droppable = seq.instruction & ~seq.protected & seq.visual.any(1, keepdim=True)
-        last_ask = torch.where(seq.asks, torch.arange(seq.asks.shape[1], device=asks.device), -1)
+        place = torch.arange(seq.asks.shape[1], device=rows.token.device)
+        last_ask = torch.where(seq.asks, place, -1)
         scored = rows.position <= last_ask.amax(1)[rows.sample]
-
         return LayerTokens(
             layer=layer,
             sample=rows.sample,
             samples=rows.samples,
+            position=rows.position,
             visual=seq.at("visual", rows) & scored,
             droppable_text=droppable.reshape(-1)[rows.token] & scored,
             instruction_lens=droppable.sum(1),
-            relevance=relevance,
+            asks=seq.at("asks", rows),
+            last=seq.at("last", rows),
+            hidden=hidden,
+            heads=scores.heads,
+            logits=scores.logits,
         )
 
     # ------------------------------------------------------------------------ physical kwargs
     def _physical(
-        self, index: int, rows: Rows | None, kwargs: dict[str, Any]
+        self, index: int, rows: Rows | None, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
         changes: dict[str, Any] = {}
         layer = self._cache_layer(index)
         if rows is not None:
-            cos, sin = self._rotary(rows, kwargs["position_embeddings"])
+            tables = kwargs["position_embeddings"]
             mask = self._mask(rows, layer, kwargs["attention_mask"])
             changes = {
-                "position_embeddings": (cos, sin),
+                "position_embeddings": self.positions.tables(rows, layer, hidden, tables),
                 "attention_mask": mask,
                 "position_ids": None,
             }
             if layer is not None:
-                layer.expect(rows, max(k for k in self.moves if k <= index))
+                late = self.positions.late(rows, kwargs["position_ids"])
+                layer.expect(rows, max(k for k in self.moves if k <= index), late)
         elif layer is not None:
             mask = self._mask(None, layer, kwargs["attention_mask"])
             changes = {"attention_mask": mask, "position_ids": None}
+            if layer.late is not None:
+                changes["position_embeddings"] = self.positions.after_renumbered(
+                    layer, hidden, kwargs
+                )
         packed = rows if rows is not None and rows.packed else None
         tap = self._tap(index, changes.get("position_embeddings", kwargs["position_embeddings"]))
         if packed is not None or tap is not None:
@@ -203,16 +230,12 @@ class Context:
         layer = self.cache.layers[index]
         return layer if isinstance(layer, PrunedLayer) else None
 
-    def _rotary(self, rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        key = ("rotary", id(rows), id(tables[0]))
-        if key not in self.memo:
-            self.memo[key] = (rows.gather(tables[0]), rows.gather(tables[1]))
-        return self.memo[key]
-
     def _tap(self, index: int, tables: tuple[Tensor, Tensor]) -> Any:
         """Records q and k of a layer the method asked for, once."""
         undecided = len(self.rows_at) == index + 1
         if self.method is None or not undecided or index not in self.method.layers():
+            return None
+        if self.method.look_ahead:
             return None
 
         def tap(query: Tensor, key: Tensor, scale: float) -> None:

@@ -29,10 +29,13 @@ from transformers.cache_utils import Cache
 from itprune.config import PruneConfig
 from itprune.engine.attention import pruned_name
 from itprune.engine.cache import PrunedLayer
-from itprune.engine.context import CONTEXT, Context, Sequence
+from itprune.engine.context import CONTEXT, Context
+from itprune.engine.positions import Positions
+from itprune.engine.question import Question, QuestionReader
 from itprune.engine.request import Request
 from itprune.engine.rows import Rows
-from itprune.engine.vision import VisionPass, pixels_of
+from itprune.engine.sequence import Sequence
+from itprune.engine.vision import VISION_PLACES, VisionPass, answer_late, pixels_of
 from itprune.families.base import Family
 from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
@@ -62,9 +65,17 @@ class Engine:
         self._arguments = tuple(signature(model.forward).parameters)
         self._request: Request | None = None
         self._vision: VisionPass | None = None
+        self._waiting: VisionPass | None = None
+        self._reader = QuestionReader(
+            self._text, model.get_input_embeddings(), self._text.config.hidden_size
+        )
+        self._renumber = (self._renumbers("before_llm"), self._renumbers("layers"))
         self._handles: list[RemovableHandle] = []
         self._attention = self._rename_attention()
         self._install(model)
+
+    def _renumbers(self, place: str) -> bool:
+        return (self.config.positions or self.method.positions_at(place)) == "contiguous"
 
     # ------------------------------------------------------------------------ attach, detach
     def _rename_attention(self) -> list[tuple[Any, str]]:
@@ -86,14 +97,19 @@ class Engine:
             post(model, self._close_request, always_call=True),
             pre(head, self._before_head),
             pre(family.tower, self._open_vision),
-            pre(family.feature_attention, self._before_feature_attention),
-            post(family.feature_block, self._after_feature_block),
+            post(family.embeddings, self._after_embeddings),
             pre(family.projector, self._before_projector),
             post(family.projector, self._after_projector),
             pre(self._text, self._open_context),
             post(self._text, self._close_context, with_kwargs=True, always_call=True),
             post(layers[-1], self._after_last_layer, with_kwargs=True),
         ]
+        for index, block in enumerate(family.blocks):
+            tap = functools.partial(self._before_block_attention, index)
+            self._handles += [
+                pre(family.block_attention(block), tap),
+                post(block, functools.partial(self._after_block, index)),
+            ]
         for index, layer in enumerate(layers):
             hook = functools.partial(self._before_layer, index)
             self._handles.append(pre(layer, hook))
@@ -115,6 +131,8 @@ class Engine:
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
             kwargs = request.label_only(kwargs)
         self._request = request
+        if active and self.method.needs_question and request.encoded is not None:
+            self._answer_waiting(request)
         return args, kwargs
 
     def _blank_features(self, model: Any) -> Tensor:
@@ -132,37 +150,69 @@ class Engine:
         return (args[0][request.head_mask], *args[1:]), kwargs
 
     # ------------------------------------------------------------------------ vision
-    def _open_vision(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _open_vision(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._vision = None
-        if self.method.idle or not self.method.acts_before_llm:
-            return
+        if self.method.idle or not VISION_PLACES.intersection(self.method.places):
+            return None
         pixels = pixels_of(args, kwargs)
-        self._vision = VisionPass(self.family, pixels, self._protected_visual(), trace=self.trace)
+        self._vision = vision = VisionPass(
+            self.family, self.method, pixels, self._question(), self.trace
+        )
+        changes = vision.tower_kwargs()
+        return (args[1:] if "pixel_values" in changes else args), {**kwargs, **changes}
 
-    def _protected_visual(self) -> Tensor | None:
+    def _question(self) -> Question | None:
         request = self._request
-        if request is None or request.ids is None or not request.has_images:
+        if request is None or request.ids is None:
             return None
         sequence = self._sequence(request, tuple(request.ids.shape), request.ids.device)
-        return sequence.protected[sequence.visual]
+        return Question(request.ids, sequence, self._reader)
 
-    def _before_feature_attention(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._vision is None or not self._vision.open:
+    def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return None if self._vision is None else self._vision.inject(output)
+
+    def _before_block_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._vision is None or not self._vision.wants(index):
             return None
-        return args, {**kwargs, **self._vision.attention_kwargs()}
+        return args, {**kwargs, **self._vision.attention_kwargs(index)}
 
-    def _after_feature_block(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._vision is not None:
-            self._vision.block_output(output)
+    def _after_block(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._vision is not None and self._vision.wants(index):
+            self._vision.block_output(index, output)
 
     def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._vision is None:
             return None
-        return (self._vision.shorten(args[0], self.method), *args[1:]), kwargs
+        return (self._shorten(self._vision, args[0]), *args[1:]), kwargs
+
+    def _shorten(self, vision: VisionPass, features: Tensor) -> Tensor:
+        """Asks the method. Meanwhile the hooks are deaf: it may use projector and LLM itself."""
+        request, self._request, self._vision = self._request, None, None
+        try:
+            return vision.shorten(features, self.family.projector)
+        finally:
+            self._request, self._vision = request, vision
 
     def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         vision, self._vision = self._vision, None
-        return None if vision is None else vision.restore(output)
+        if vision is None:
+            return None
+        if vision.waiting is not None:
+            self._waiting = vision
+            return None
+        return vision.restore(output)
+
+    def _answer_waiting(self, request: Request) -> None:
+        """`generate` encodes images before the model sees the prompt: a question-aware method is
+        asked now, and its choice takes the place of the features encoded then."""
+        vision, self._waiting = self._waiting, None
+        question = self._question()
+        assert question is not None
+        self._request = None  # the projector and the LLM are used meanwhile
+        try:
+            answer_late(vision, request.encoded, question, self.family.projector)
+        finally:
+            self._request = request
 
     # ------------------------------------------------------------------------ text model
     def _open_context(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -218,7 +268,18 @@ class Engine:
             method=self.method if active else None,
             first=_filled_rows(embeds, sequence, packed) if active else None,
             packed=packed,
+            host=self,
+            positions=Positions(self, sequence, self._renumber),
         )
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.family.rotary(hidden, position_ids)
+
+    def query_key(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        module = self.family.layers[layer]
+        attention = self.family.attention(module)
+        normed = self.family.input_norm(module)(hidden)
+        attention(hidden_states=normed, attention_mask=None, past_key_values=None, **kwargs)
 
     def _sequence(self, request: Request, shape: tuple[int, ...], device: Any) -> Sequence:
         samples, length = shape

@@ -1,7 +1,8 @@
-"""Relevance: the attention instruction tokens pay to every token, from one layer's real q and k.
+"""Relevance: the attention chosen rows pay to every token, from one layer's real q and k.
 
-Only the instruction's rows of softmax(q k^T) are computed. Legend: B samples, H heads, L longest
-sample, Q most instruction rows of a sample, N tokens alive, d head width.
+Only the rows asked for of softmax(q k^T) are computed, never an eager attention map.
+Legend: B samples, H heads, L longest sample, Q most asking rows of a sample, N tokens alive, d head
+width.
 """
 
 from __future__ import annotations
@@ -28,44 +29,78 @@ class Tapped:
     sin: Tensor
 
 
-@torch.no_grad()
-def instruction_attention(
-    tapped: Tapped, rows: Rows, host_layout: bool, asks: Tensor, rope: bool
-) -> Tensor:
-    """Head-mean attention of each sample's asking rows, averaged over those that see the token.
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores of the tokens alive after one layer, from what its attention received."""
 
-    Args:
-        tapped: one layer's q and k.
-        rows: the tokens alive at that layer.
-        host_layout: the layer ran on the host's (B, S) rows, padding included.
-        asks: (N,) bool, the instruction rows.
-        rope: keep the rotary phase in the scores.
+    tapped: Tapped
+    rows: Rows
+    host_layout: bool
+    """The layer ran on the host's (B, S) rows, padding included."""
 
-    Returns:
-        (N,) float32, 0 where no asking row sees the token.
-    """
-    query, key = tapped.query, tapped.key[..., -tapped.query.shape[-2] :, :]
-    if not rope:
-        query = unrotate(query, tapped.cos, tapped.sin)
-        key = unrotate(key, tapped.cos, tapped.sin)
-    if rows.packed and not host_layout:
-        query, key = (rows.pad(t[0].transpose(0, 1)).transpose(1, 2) for t in (query, key))
-    flat = rows.token if host_layout else rows.slot  # where each token stands in (B, L)
-    asking = Rows(flat[asks], rows.samples, query.shape[2], packed=False)
-    ask_row, ask_filled = asking.table, asking.filled  # (B, Q)
-    samples, heads, _, width = query.shape
-    picked = query.gather(2, ask_row[:, None, :, None].expand(-1, heads, -1, width))
-    picked = picked.reshape(samples, key.shape[1], -1, picked.shape[2], width)  # grouped queries
-    logits = (picked @ key[:, :, None].transpose(-1, -2)).float() * tapped.scale
-    logits = logits.flatten(1, 2)  # (B, H, Q, L)
-    column = torch.arange(key.shape[2], device=key.device)
-    present = torch.zeros(samples * key.shape[2], dtype=torch.bool, device=key.device)
-    present = present.index_fill(0, flat, True).view(samples, 1, -1)
-    seen = (column <= ask_row[:, :, None]) & present & ask_filled[:, :, None]  # (B, Q, L)
-    attention = torch.softmax(logits.masked_fill(~seen[:, None], -1e30), -1).mean(1)
-    total = (attention * seen).sum(1)
-    watchers = seen.sum(1)
-    return (total / watchers.clamp(min=1)).reshape(-1)[flat]
+    @property
+    def _flat(self) -> Tensor:
+        """(N,) where each token stands in a flattened (B, L) table."""
+        return self.rows.token if self.host_layout else self.rows.slot
+
+    def _query_key(self, rope: bool) -> tuple[Tensor, Tensor]:
+        """(B, H, L, d) and (B, H_kv, L, d), what the cache held before left out."""
+        t = self.tapped
+        query, key = t.query, t.key[..., -t.query.shape[-2] :, :]
+        if not rope:
+            query, key = unrotate(query, t.cos, t.sin), unrotate(key, t.cos, t.sin)
+        if self.rows.packed and not self.host_layout:
+            query, key = (self.rows.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key))
+        return query, key
+
+    def _present(self, length: int) -> Tensor:
+        """(B, L) True where a token stands."""
+        blank = torch.zeros(self.rows.samples * length, dtype=torch.bool, device=self._flat.device)
+        return blank.index_fill(0, self._flat, True).view(self.rows.samples, length)
+
+    @torch.no_grad()
+    def heads(self, asks: Tensor, rope: bool = True) -> Tensor:
+        """Attention of each sample's asking rows, averaged over those that see the token.
+
+        Args:
+            asks: (N,) bool, the asking rows.
+            rope: keep the rotary phase in the scores.
+
+        Returns:
+            (H, N) float32, 0 where no asking row sees the token.
+        """
+        query, key = self._query_key(rope)
+        flat = self._flat
+        samples, heads, length, width = query.shape
+        asking = Rows(flat[asks], samples, length, packed=False)
+        ask_row, ask_filled = asking.table, asking.filled  # (B, Q)
+        picked = query.gather(2, ask_row[:, None, :, None].expand(-1, heads, -1, width))
+        logits = _logits(picked, key, self.tapped.scale)  # (B, H, Q, L)
+        column = torch.arange(length, device=key.device)
+        seen = (column <= ask_row[:, :, None]) & self._present(length)[:, None]
+        seen &= ask_filled[:, :, None]  # (B, Q, L)
+        attention = torch.softmax(logits.masked_fill(~seen[:, None], -1e30), -1)
+        total = (attention * seen[:, None]).sum(2)  # (B, H, L)
+        mean = total / seen.sum(1).clamp(min=1)[:, None]
+        return mean.transpose(0, 1).reshape(heads, -1)[:, flat]
+
+    @torch.no_grad()
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """(B, H, L, L) float32 causal logits, -inf where unseen, and (B, L) where tokens stand."""
+        query, key = self._query_key(rope=True)
+        logits = _logits(query, key, self.tapped.scale)
+        length = query.shape[2]
+        present = self._present(length)
+        causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+        seen = causal & present[:, None, :] & present[:, :, None]
+        return logits.masked_fill(~seen[:, None], -torch.inf), present
+
+
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(B, H, Q, d) and (B, H_kv, L, d) -> (B, H, Q, L) float32."""
+    samples, _, count, width = query.shape
+    grouped = query.reshape(samples, key.shape[1], -1, count, width)
+    return (grouped @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2) * scale
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itprune.engine.context import Sequence
+from itprune.engine.sequence import Sequence
 from itprune.prompt import PromptFormat
 
 IGNORE = -100
@@ -31,6 +31,8 @@ class Request:
     padding_mask: Tensor | None
     """(B, past + S) 2-D attention mask."""
     has_images: bool
+    encoded: Any = None
+    """Encoder output made before this call; its features may still wait for the question."""
     guesses: int = 0
     """Tokens assisted decoding appends to be verified: their logits are needed."""
     head_mask: Tensor | None = None
@@ -54,6 +56,7 @@ class Request:
             padding_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             guesses=max(wanted - 1, 0) if isinstance(wanted, int) else 0,
             # Placeholder ids alone are not enough: a model may generate them while decoding.
+            encoded=encoded.get("image"),
             has_images=pixels or any(v is not None for v in encoded.values()),
         )
 
@@ -91,16 +94,17 @@ class Request:
         protected = protected | (place >= last[:, None] - self.guesses)
         end = self._first_answer(ids, prompt, last - self.guesses)
         instruction = valid & ~visual & (place < end[:, None])
-        return Sequence(
-            valid, visual, protected, instruction, _asks(visual, instruction, end), mask
-        )
+        asks = _asks(visual, instruction, end)
+        final = (instruction * (place + 1)).argmax(1)
+        at_end = (place == final[:, None]) & instruction
+        return Sequence(valid, visual, protected, instruction, asks, at_end, mask)
 
     def padding(self, shape: tuple[int, int], device: torch.device) -> Sequence:
         """Which of the (B, S) positions are real, and nothing else about them."""
         blank = torch.zeros(shape, dtype=torch.bool, device=device)
         mask = self.padding_mask
         valid = ~blank if mask is None else mask[:, -shape[1] :].bool().to(device)
-        return Sequence(valid, blank, blank, blank, blank, mask)
+        return Sequence(valid, blank, blank, blank, blank, blank, mask)
 
     def _first_answer(self, ids: Tensor, prompt: PromptFormat, last: Tensor) -> Tensor:
         """(B,) where the first assistant turn begins: by template, by labels, or the end."""

@@ -20,10 +20,12 @@ class Rows:
     Attributes:
         token: (N,) int64.
         packed: True: layers see (1, N, D); False: (B, L, D), pads on the right.
+        ids: (N,) position id of each token; None: the host's.
     """
 
     def __init__(self, token: Tensor, samples: int, length: int, packed: bool) -> None:
         self.token, self.samples, self.length, self.packed = token, samples, length, packed
+        self.ids: Tensor | None = None
 
     @cached_property
     def sample(self) -> Tensor:

@@ -6,9 +6,11 @@ An adapter names modules of a stock transformers model. It owns no forward and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+
+from itprune.host import Host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,18 @@ class Family(ABC):
         """Placeholder ids in `input_ids`, one per visual token."""
         return (self.model.config.image_token_id,)
 
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's rotary tables (B, L, d) for position ids (B, L)."""
+        return self.text_model.rotary_emb(hidden, position_ids)
+
+    def input_norm(self, layer: nn.Module) -> nn.Module:
+        """What a decoder layer applies before its attention."""
+        return cast(nn.Module, layer.input_layernorm)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """A decoder layer's attention module."""
+        return cast(nn.Module, layer.self_attn)
+
     @property
     @abstractmethod
     def tower(self) -> PreTrainedModel:
@@ -45,19 +59,53 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def feature_block(self) -> nn.Module:
-        """The encoder block whose output becomes the features; its attention gives the scores."""
+    def blocks(self) -> nn.ModuleList:
+        """The encoder's blocks."""
+
+    @abstractmethod
+    def block_attention(self, block: nn.Module) -> nn.Module:
+        """An encoder block's attention module."""
 
     @property
     @abstractmethod
-    def feature_attention(self) -> nn.Module:
-        """The attention module of `feature_block`."""
+    def feature_block(self) -> int:
+        """0-based index of the block whose output becomes the features."""
+
+    @property
+    @abstractmethod
+    def embeddings(self) -> nn.Module:
+        """The encoder's embeddings: pixels in, (n, T, D) tokens out."""
+
+    @abstractmethod
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches the encoder makes of (n, C, height, width) pixels."""
+
+    @abstractmethod
+    def resize(self, pixels: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of a tower call on the same pixels shrunk to a grid of patches."""
 
     @property
     @abstractmethod
     def projector(self) -> nn.Module:
         """A pointwise module from vision features (n, P, D) to LLM width: it may be handed any
         subset of the tokens."""
+
+    @property
+    def host(self) -> Host:
+        """The shape methods are built for."""
+        text, vision = self.text_model.config, self.tower.config
+        side = vision.image_size // vision.patch_size
+        return Host(
+            depth=len(self.layers),
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            vision_blocks=len(self.blocks),
+            vision_width=vision.hidden_size,
+            vision_heads=vision.num_attention_heads,
+            feature_block=self.feature_block,
+            has_cls=self.has_cls,
+            grid=(side, side),
+        )
 
     @abstractmethod
     def blank_image(self) -> dict[str, Tensor]:

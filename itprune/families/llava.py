@@ -5,9 +5,10 @@ Changes to the host: none; this file only names its modules.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
@@ -27,22 +28,38 @@ class Llava(Family):
         return self.model.model.vision_tower
 
     @property
-    def feature_block(self) -> nn.Module:
-        layer = self.model.config.vision_feature_layer
-        layer = layer if isinstance(layer, int) else layer[-1]
-        blocks = self.tower.encoder.layers
-        # hidden_states has one entry more than there are blocks: entry f is block f - 1's output.
-        index = layer - 1 if layer > 0 else len(blocks) + layer
-        if layer == 0 or not 0 <= index < len(blocks):
-            raise ValueError(
-                f"vision_feature_layer {layer} of this model is not the output of one of its "
-                f"{len(blocks)} vision blocks, so there is no attention to score with"
-            )
-        return cast(nn.Module, blocks[index])
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.tower.encoder.layers)
+
+    def block_attention(self, block: nn.Module) -> nn.Module:
+        return cast(nn.Module, block.self_attn)
 
     @property
-    def feature_attention(self) -> nn.Module:
-        return cast(nn.Module, self.feature_block.self_attn)
+    def embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.tower.embeddings)
+
+    @property
+    def feature_block(self) -> int:
+        layer = self.model.config.vision_feature_layer
+        layer = layer if isinstance(layer, int) else layer[-1]
+        # hidden_states has one entry more than there are blocks: entry f is block f - 1's output.
+        index = layer - 1 if layer > 0 else len(self.blocks) + layer
+        if layer == 0 or not 0 <= index < len(self.blocks):
+            raise ValueError(
+                f"vision_feature_layer {layer} of this model is not the output of one of its "
+                f"{len(self.blocks)} vision blocks, so there is no attention to score with"
+            )
+        return index
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        patch = self.tower.config.patch_size
+        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+    def resize(self, pixels: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        patch = self.tower.config.patch_size
+        size = (grid[0] * patch, grid[1] * patch)
+        small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+        return {"pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
 
     @property
     def projector(self) -> nn.Module:

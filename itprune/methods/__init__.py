@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from itprune.config import COMMON
-from itprune.methods.base import Method
+from itprune.methods.base import Host, Method
 from itprune.options import from_mapping, nearest
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -32,21 +34,76 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def methods() -> tuple[str, ...]:
-    """Names of all registered methods."""
+    """Names of all registered methods, those of installed packages included."""
+    _load_entry_points()
     return tuple(sorted(_REGISTRY))
 
 
-def build_method(name: str, options: Mapping[str, Any], depth: int) -> Method:
-    """Builds a method from its plain options.
+def method_class(name: str) -> type[Method]:
+    """The class behind a name.
+
+    Raises:
+        ValueError: an unknown name, with the nearest valid one.
+    """
+    if name not in methods():
+        raise ValueError(f"prune.method: unknown method {name!r}; {nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def build_method(name: str, options: Mapping[str, Any], host: Host) -> Method:
+    """Builds a method, or several joined by `+`, from plain options.
+
+    Args:
+        name: a registered name; `a+b` combines methods that act at different places, and their
+            options are then sections under their names.
+        options: the options of the `prune` section that are not common to all methods.
+        host: the shape of the model.
 
     Raises:
         ValueError: an unknown method or option, with the nearest valid name.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"prune.method: unknown method {name!r}; {nearest(name, _REGISTRY)}")
-    cls = _REGISTRY[name]
-    return cls(from_mapping(cls.Options, options, "prune", COMMON), depth)
+    names = name.split(SEPARATOR)
+    if len(names) == 1:
+        cls = method_class(name)
+        return cls(from_mapping(cls.Options, options, "prune", COMMON), host)
+    unknown = [key for key in options if key not in names]
+    if unknown:
+        raise ValueError(
+            f"prune.{unknown[0]}: unknown option; the options of {name} are sections named "
+            + ", ".join(names)
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"prune.method: {name} names a method twice")
+    parts = {part: _build_part(part, options.get(part, {}), host) for part in names}
+    return combine(parts, options)
+
+
+def _build_part(name: str, options: Any, host: Host) -> Method:
+    cls = method_class(name)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"prune.{name}: must be a mapping of options, got {options!r}")
+    own = {key: value for key, value in options.items() if key != "keep"}
+    return cls(from_mapping(cls.Options, own, f"prune.{name}", ("keep",)), host)
+
+
+@cache
+def _load_entry_points() -> None:
+    """Imports what installed packages offer under the entry-point group `itprune.methods`."""
+    for point in entry_points(group="itprune.methods"):
+        point.load()
 
 
 # Importing a method's file registers it.
-from itprune.methods import dense, random, topk_cls, two_stage, uniform  # noqa: E402, F401
+from itprune.methods import (  # noqa: E402
+    dense,  # noqa: F401
+    downsample,  # noqa: F401
+    prumerge,  # noqa: F401
+    prumerge_plus,  # noqa: F401
+    random,  # noqa: F401
+    topk_cls,  # noqa: F401
+    two_stage,  # noqa: F401
+    uniform,  # noqa: F401
+    visionzip,  # noqa: F401
+    vtc_cls,  # noqa: F401
+)
+from itprune.methods.combined import SEPARATOR, combine  # noqa: E402

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itprune.methods import register_method
-from itprune.methods.base import Method
+from itprune.methods.base import Card, Method
 
 
 @register_method("dense")
 class Dense(Method):
     """Keeps every token, whatever `keep` says."""
+
+    card = Card("control: nothing is dropped")
 
     @property
     def idle(self) -> bool:

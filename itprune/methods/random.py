@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from itprune.methods import register_method
-from itprune.methods.base import Method
+from itprune.methods.base import Card, Method
 from itprune.methods.fixed import fixed_count
 from itprune.ragged import top_per_group
 from itprune.tokens import Images, Kept
@@ -26,7 +26,8 @@ class Random(Method):
     """The subset depends on seed and pixels only, so a batch and its rows agree."""
 
     Options = RandomOptions
-    acts_before_llm = True
+    card = Card("control: a seeded random subset")
+    places = ("before_llm",)
 
     @torch.no_grad()
     def before_llm(self, images: Images) -> Kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from itprune.methods import register_method
-from itprune.methods.base import Method
+from itprune.methods.base import Card, Method
 from itprune.methods.fixed import fixed_count
 from itprune.ragged import top_per_group
 from itprune.tokens import Images, Kept
@@ -15,7 +15,8 @@ from itprune.tokens import Images, Kept
 class TopkCls(Method):
     """Our stage-1 score without the inflection rule and without stage 2."""
 
-    acts_before_llm = True
+    card = Card("control: the highest CLS attention, a fixed count", needs=("cls",))
+    places = ("before_llm",)
 
     @torch.no_grad()
     def before_llm(self, images: Images) -> Kept:

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itprune.calibration import Calibration, Recorder
 from itprune.knee import RULE_NAMES, inflection_count
 from itprune.methods import register_method
-from itprune.methods.base import Method
+from itprune.methods.base import Card, Host, Method, Trial
 from itprune.methods.budget import split_keep
 from itprune.options import check_choice, check_fraction
 from itprune.ragged import group_min, group_sizes, top_per_group
-from itprune.tokens import Images, Kept, LayerTokens
-
-SCORES = ("attention", "cosine", "full_width")
+from itprune.tokens import SCORES, Images, Kept, LayerTokens
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,23 @@ class TwoStage(Method):
     """Inflection point of the vision encoder's curve, then of the instruction's."""
 
     Options = TwoStageOptions
-    acts_before_llm = True
+    card = Card(
+        "inflection of the CLS-attention curve, then of the instruction's attention",
+        paper="2409.01162",
+        count="dynamic",
+        training="optional",
+        needs=("cls",),
+        notes="The abstract fixes the two stages; the rules and thresholds are ours, each a named "
+        "switch. Without CLS: mean attention received.",
+    )
+    places: tuple[str, ...] = ("before_llm", "layers")
 
-    def __init__(self, options: TwoStageOptions, depth: int) -> None:
-        super().__init__(options, depth)
+    def __init__(self, options: TwoStageOptions, host: Host) -> None:
+        super().__init__(options, host)
         self.stage1, self.stage2 = options.stage1, options.stage2
         self._layers = self._resolve_layers()
+        acts = {"before_llm": self.stage1 is not None, "layers": self.stage2 is not None}
+        self.places = tuple(place for place in acts if acts[place])
 
     def _resolve_layers(self) -> tuple[int, ...]:
         if self.stage2 is None:
@@ -130,7 +140,31 @@ class TwoStage(Method):
     def layers(self) -> tuple[int, ...]:
         return self._layers
 
-    def calibration_stages(self) -> tuple[str, ...]:
+    @property
+    def calibrates(self) -> bool:
+        return bool(self._stages())
+
+    @torch.no_grad()
+    def calibrate(self, trial: Trial) -> Calibration:
+        """Stage by stage in the order they act, each while the earlier ones meet their target."""
+        before, self.calibration = self.calibration, None
+        try:
+            for _ in self._stages():
+                self.recorder = Recorder()
+                trial.run()
+                self.calibration = self.recorder.finish()
+        except BaseException:
+            self.calibration = before
+            raise
+        finally:
+            self.recorder = None
+        found = self.calibration
+        if found is None or not set(self._stages()) <= set(found.curves):
+            raise ValueError("calibration needs samples with images, and found none")
+        return found
+
+    def _stages(self) -> tuple[str, ...]:
+        """Names of the stages whose counts a calibration scales, in the order they act."""
         first = ("stage1",) if self.stage1 is not None and self.stage1.rule != "topk" else ()
         later = self._layers if self.stage2 is not None and self.stage2.rule != "topk" else ()
         return (*first, *(f"stage2.{k}" for k in later))
@@ -151,7 +185,7 @@ class TwoStage(Method):
 
     # ------------------------------------------------------------------------------- stage 2
     @torch.no_grad()
-    def after_layer(self, tokens: LayerTokens) -> Tensor:
+    def after_layer(self, tokens: LayerTokens) -> Kept:
         assert self.stage2 is not None
         score = tokens.relevance(self.stage2.rope)
         visual, sample = tokens.visual, tokens.sample
@@ -163,7 +197,7 @@ class TwoStage(Method):
         keep[visual] = top_per_group(score[visual], sample[visual], count)
         if self.stage2.text:
             keep &= ~self._idle_text(tokens, score, keep)
-        return keep
+        return Kept(keep)
 
     def _idle_text(self, tokens: LayerTokens, score: Tensor, keep: Tensor) -> Tensor:
         """Droppable instruction text less relevant than the least relevant visual token kept."""

@@ -1,0 +1,112 @@
+"""The question beside the images: what a question-aware method may know before the LLM runs.
+
+Only instruction tokens are used: template tokens are not the question, and answers must not leak
+into what an image is reduced to.
+Legend: B samples, S length, n images, W LLM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from itprune.engine.sequence import Sequence
+
+CACHED = 1024
+"""Question states remembered at inference; they are small, and questions repeat."""
+
+
+@dataclass
+class QuestionReader:
+    """Runs the LLM on questions alone."""
+
+    text_model: nn.Module
+    embed: nn.Module
+    width: int
+    states: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def read(self, questions: list[tuple[int, ...]]) -> Tensor:
+        """(Q, W) state of each question's last token; zeros for an empty one."""
+        changing = self.text_model.training  # its weights, with every step
+        if changing or len(self.states) > CACHED:
+            self.states.clear()
+        unknown = sorted({ids for ids in questions if ids} - self.states.keys())
+        if unknown:
+            self.states.update(zip(unknown, self._run(unknown), strict=True))
+        blank = next(self.embed.parameters()).new_zeros(self.width)
+        return torch.stack([self.states[ids] if ids else blank for ids in questions])
+
+    def _run(self, questions: list[tuple[int, ...]]) -> Tensor:
+        device = next(self.embed.parameters()).device
+        lens = torch.tensor([len(ids) for ids in questions], device=device)
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids, device=device) for ids in questions], batch_first=True
+        )
+        mask = torch.arange(ids.shape[1], device=device) < lens[:, None]
+        out = self.text_model(
+            inputs_embeds=self.embed(ids), attention_mask=mask.long(), use_cache=False
+        )
+        return out.last_hidden_state[torch.arange(len(ids), device=device), lens - 1]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The questions of one batch."""
+
+    ids: Tensor
+    """(B, S) input ids."""
+    sequence: Sequence
+    reader: QuestionReader
+
+    @property
+    def protected_visual(self) -> Tensor:
+        """(V,) visual tokens that must stay."""
+        return self.sequence.protected[self.sequence.visual]
+
+    def sample_of(self, images: int, slots: int) -> Tensor:
+        """(n,) the batch row of each image; zeros for images that are not of this batch."""
+        per_row = self.sequence.visual.sum(1) // slots
+        if int(per_row.sum()) != images:
+            return per_row.new_zeros(images)
+        return torch.repeat_interleave(torch.arange(len(per_row), device=per_row.device), per_row)
+
+    @property
+    def _asked(self) -> Tensor:
+        """(B, S) tokens of the question itself."""
+        return self.sequence.instruction & ~self.sequence.protected
+
+    def states(self, sample: Tensor) -> Tensor:
+        """(n,) rows -> (n, W)."""
+        rows = sample.tolist()
+        asked = {row: tuple(self.ids[row][self._asked[row]].tolist()) for row in set(rows)}
+        return self.reader.read([asked[row] for row in rows])
+
+    @torch.no_grad()
+    def embeddings(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) rows -> (M, W) embeddings of the question tokens of each image, (M,) whose image."""
+        asked = self._asked[sample]
+        image = asked.nonzero()[:, 0]
+        return self.reader.embed(self.ids[sample][asked]), image
+
+    def every(self, step: int) -> Question:
+        """The questions of every `step`-th row: beams of a sample share theirs."""
+        return Question(self.ids[::step], self.sequence.every(step), self.reader)
+
+
+def expanded(sequence: Sequence, slots: int, step: int) -> Tensor:
+    """(n · step,) which of the n images stands at each place once samples are repeated.
+
+    Args:
+        sequence: of the repeated rows.
+        slots: of each image.
+        step: how often each sample is repeated, one behind the other.
+    """
+    per_row = (sequence.visual.sum(1) // slots)[::step]
+    start = per_row.cumsum(0) - per_row
+    repeated, first = per_row.repeat_interleave(step), start.repeat_interleave(step)
+    row = torch.repeat_interleave(torch.arange(len(repeated), device=per_row.device), repeated)
+    begin = repeated.cumsum(0) - repeated
+    return first[row] + torch.arange(len(row), device=row.device) - begin[row]
