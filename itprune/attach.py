@@ -176,7 +176,7 @@ def calibrate(
         raise ValueError("calibration needs samples with images, and found none")
     with _aside(attached):
         found = attached.method.calibrate(_Trial(attached, rows))
-    found = dataclasses.replace(found, host=dataclasses.asdict(attached.method.host))
+    found = dataclasses.replace(found, host=attached.method.host.to_dict())
     attached.calibration = found
     return found
 

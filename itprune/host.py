@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Host:
     has_cls: bool
     grid: tuple[int, int]
     """Rows and columns of patches of an image of the usual size."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "grid": list(self.grid)}
 
     @classmethod
     def example(cls) -> Host:

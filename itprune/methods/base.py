@@ -7,7 +7,7 @@ engine supplies what is declared and does the physical work.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -100,7 +100,7 @@ class Method(nn.Module):
         Raises:
             ValueError: it was made with a model of another shape.
         """
-        if calibration is not None and calibration.host not in ({}, asdict(self.host)):
+        if calibration is not None and calibration.host not in ({}, self.host.to_dict()):
             raise ValueError(
                 "calibration: it was made with another model "
                 f"({calibration.host['depth']} LLM layers of width {calibration.host['width']}, "
