@@ -95,15 +95,26 @@ def _load_entry_points() -> None:
 
 # Importing a method's file registers it.
 from itprune.methods import (  # noqa: E402
+    aim,  # noqa: F401
+    cdpruner,  # noqa: F401
     dense,  # noqa: F401
+    divprune,  # noqa: F401
     downsample,  # noqa: F401
+    fastv,  # noqa: F401
+    gsearch,  # noqa: F401
+    p_sigmoid,  # noqa: F401
     prumerge,  # noqa: F401
     prumerge_plus,  # noqa: F401
+    pyramiddrop,  # noqa: F401
+    quecc,  # noqa: F401
     random,  # noqa: F401
+    setok,  # noqa: F401
+    sparsevlm,  # noqa: F401
     topk_cls,  # noqa: F401
     two_stage,  # noqa: F401
     uniform,  # noqa: F401
     visionzip,  # noqa: F401
+    vistog,  # noqa: F401
     vtc_cls,  # noqa: F401
 )
 from itprune.methods.combined import SEPARATOR, combine  # noqa: E402
