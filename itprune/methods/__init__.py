@@ -100,6 +100,7 @@ from itprune.methods import (  # noqa: E402
     dense,  # noqa: F401
     divprune,  # noqa: F401
     downsample,  # noqa: F401
+    dyvte,  # noqa: F401
     fastv,  # noqa: F401
     gsearch,  # noqa: F401
     p_sigmoid,  # noqa: F401
@@ -116,5 +117,6 @@ from itprune.methods import (  # noqa: E402
     visionzip,  # noqa: F401
     vistog,  # noqa: F401
     vtc_cls,  # noqa: F401
+    yopo,  # noqa: F401
 )
 from itprune.methods.combined import SEPARATOR, combine  # noqa: E402
