@@ -96,6 +96,7 @@ class Vistog(FixedSize):
         "learned tokens run through the vision encoder and gather the patches like them",
         paper="2411.17773",
         training="required",
+        needs=("grid",),
         notes=(
             "No published code: after the paper's description and GroupViT's block. Ours: groups "
             "are plain means at the start, and an empty group keeps its semantic token."
