@@ -1,9 +1,9 @@
 """Merging visual tokens: every new token is a weighted sum of an image's tokens.
 
-What differs between methods is the table of weights, made from attention and key similarity and
-constant to autograd; one product with the features, differentiable in them, makes the new tokens.
-All functions work on tables of n images at once. Legend: P tokens of an image, K new ones, W key
-width, D feature width.
+What differs between methods is which tokens and with which weights, made from attention and key
+similarity and constant to autograd; the sums are differentiable in the features. All functions
+work on tables of n images at once. Legend: P tokens of an image, K new ones, M terms of a sum,
+W key width, D feature width.
 """
 
 from __future__ import annotations
@@ -13,21 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def combine(weights: Tensor, content: Tensor, normalise: bool = False) -> Tensor:
-    """New tokens as weighted sums.
+def combine(content: Tensor, weights: Tensor, normalise: bool = False) -> Tensor:
+    """New tokens as weighted sums of all tokens.
 
     Args:
-        weights: (n, K, P) float, not negative.
         content: (n, P, D) features.
+        weights: (n, K, P) float, not negative.
         normalise: weighted means instead of sums; a row without weights stays zero.
 
     Returns:
         (n, K, D) in content's dtype, differentiable in `content`.
     """
-    if normalise:
-        total = weights.sum(2, keepdim=True)
-        weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-    return weights.to(content.dtype) @ content
+    return _scaled(weights, normalise).to(content.dtype) @ content
+
+
+def combine_few(
+    content: Tensor, source: Tensor, weights: Tensor, normalise: bool = False
+) -> Tensor:
+    """New tokens as weighted sums of a few tokens each: only those are read.
+
+    Args:
+        content: (n, P, D) features.
+        source: (n, K, M) int64: which tokens.
+        weights: (n, K, M) float, not negative.
+        normalise: weighted means instead of sums.
+
+    Returns:
+        (n, K, D) in content's dtype, differentiable in `content`.
+    """
+    count, tokens, width = content.shape
+    start = torch.arange(count, device=content.device)[:, None, None] * tokens
+    rows = F.embedding_bag(
+        (source + start).flatten(0, 1),
+        content.flatten(0, 1),
+        per_sample_weights=_scaled(weights, normalise).to(content.dtype).flatten(0, 1),
+        mode="sum",
+    )
+    return rows.view(count, -1, width)
+
+
+def _scaled(weights: Tensor, normalise: bool) -> Tensor:
+    if not normalise:
+        return weights
+    return weights / weights.sum(2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def take(content: Tensor, ids: Tensor) -> Tensor:
@@ -36,7 +64,7 @@ def take(content: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neighbour_weights(
+def neighbours_of(
     key: Tensor,
     weight: Tensor,
     ids: Tensor,
@@ -44,7 +72,7 @@ def neighbour_weights(
     neighbours: int,
     hidden: Tensor | None = None,
     repeated: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Chosen tokens with their nearest others merged in, as PruMerge does (arXiv 2403.15388).
 
     A new token is the chosen one, weight 1, plus the most similar others with weights of their own.
@@ -59,7 +87,7 @@ def neighbour_weights(
             then stands twice among the candidates. None: all start from different tokens.
 
     Returns:
-        (n, K, P) in weight's dtype.
+        (n, K, M) int64 which tokens a new one sums up, (n, K, M) their weights; its own is first.
     """
     length = key.norm(dim=-1).clamp(min=torch.finfo(key.dtype).tiny)
     # The length of a new token's own key does not change which others are nearest.
@@ -76,9 +104,9 @@ def neighbour_weights(
     source = token[:, None].expand_as(near).gather(2, best.indices)
     given = weight[:, None].expand_as(cosine).gather(2, source)
     given = given.masked_fill(best.values == -torch.inf, 0.0)
-    own = torch.ones_like(ids, dtype=weight.dtype)[..., None]
-    weights = torch.zeros_like(cosine, dtype=weight.dtype).scatter_(2, ids[..., None], own)
-    return weights.scatter_add_(2, source, given)
+    own = torch.ones_like(ids, dtype=weight.dtype)
+    source = torch.cat([ids[..., None], source], 2)
+    return source, torch.cat([own[..., None], given], 2)
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def test_encoder_that_pools_its_patches_is_refused(name: str) -> None:
         ("prumerge", {"branch": "fixed"}, r"unknown option 'branch'"),
         ("prumerge_plus", {"branch": "static"}, r"prune\.branch: unknown value"),
         ("prumerge_plus", {"repeats": True}, r"prune\.repeats: only the fixed branch"),
-        ("visionzip", {"dominant": 0}, r"needs dominant >= 1"),
+        ("visionzip", {"dominant": 0}, r"prune\.dominant and prune\.contextual"),
         ("visionzip", {"merge": "sum"}, r"prune\.merge: unknown value"),
         ("visionzip", {"order": "rank"}, r"prune\.order: unknown value"),
     ],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from itprune.calibration import Calibration, Recorder
 from itprune.knee import inflection_count
-from itprune.merging import combine, neighbour_weights
+from itprune.merging import combine, combine_few, neighbours_of
 from itprune.methods import register_method
 from itprune.methods.base import Card, Method, Trial
 from itprune.methods.fixed import fixed_count
@@ -162,7 +162,7 @@ class PruMerge(Method):
             twice = (top & besides).sum(1, keepdim=True)
             lost = dropped & (dropped.cumsum(1) <= twice)
             dropped = dropped & ~lost
-        weights = neighbour_weights(
+        source, weights = neighbours_of(
             patch_keys(images, self.block).transpose(1, 2).flatten(2),
             score,
             ids,
@@ -170,9 +170,10 @@ class PruMerge(Method):
             hidden=lost,
             repeated=repeated if self.repeats else None,
         )
-        weights = torch.cat([weights, (score * dropped)[:, None]], 1)
-        rows = combine(weights, content, self.options.normalise)
-        return rows, torch.cat([real, dropped.any(1, keepdim=True)], 1)
+        rows = combine_few(content, source, weights, self.options.normalise)
+        rest = combine(content, (score * dropped)[:, None], self.options.normalise)
+        real = torch.cat([real, dropped.any(1, keepdim=True)], 1)
+        return torch.cat([rows, rest], 1), real
 
     def _order(self, score: Tensor, top: Tensor, besides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n, K) patches in the order of the tokens, which exist, which repeat an earlier one."""

@@ -52,8 +52,8 @@ class VisionZipOptions:
     def __post_init__(self) -> None:
         if self.dominant < 1 or self.contextual < 0:
             raise ValueError(
-                f"prune.visionzip: needs dominant >= 1 and contextual >= 0, got {self.dominant} "
-                f"and {self.contextual}"
+                "prune.dominant and prune.contextual: must be at least 1 and 0, got "
+                f"{self.dominant} and {self.contextual}"
             )
         check_choice("prune.merge", self.merge, ("add", "mean"))
         check_choice("prune.order", self.order, ("grouped", "raster"))
@@ -116,7 +116,7 @@ class VisionZip(Method):
         """(n, C, D) targets and what is assigned to them, of the (n, R, D) tokens left over."""
         metric = take(patch_keys(images, images.feature_block).mean(1), rest)
         weights = target_weights(metric, targets, include=self.options.merge == "mean")
-        return combine(weights, content)
+        return combine(content, weights)
 
 
 def _own_slots(used: Tensor, cls: Tensor, leading: Tensor) -> Tensor:
