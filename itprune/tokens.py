@@ -141,6 +141,8 @@ class LayerTokens:
     """(N,) position within the full row."""
     visual: Tensor
     """(N,) bool: visual tokens that some instruction token can see."""
+    entered: Tensor
+    """(B,) how many such tokens entered the LLM."""
     droppable_text: Tensor
     """(N,) bool: instruction text that may be dropped (not special, template or supervised)."""
     instruction_lens: Tensor

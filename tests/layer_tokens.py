@@ -27,12 +27,15 @@ class Made:
     """(H, N, d)."""
     key: Tensor
     hidden: Tensor
+    entered: Tensor
+    """Visual tokens of each sample before anything was taken."""
 
     def take(self, keep: Tensor) -> Made:
         """Some of the tokens; samples are numbered from 0 again."""
         sample = torch.unique_consecutive(self.sample[keep], return_inverse=True)[1]
         rest = (self.kind[keep], self.position[keep], self.query[:, keep], self.key[:, keep])
-        return Made(sample, *rest, self.hidden[keep])
+        left = torch.bincount(self.sample[keep], minlength=len(self.entered)) > 0
+        return Made(sample, *rest, self.hidden[keep], self.entered[left])
 
     @property
     def scaled(self) -> Tensor:
@@ -68,6 +71,7 @@ class Made:
             samples=samples,
             position=self.position,
             visual=self.kind == 1,
+            entered=self.entered,
             droppable_text=torch.zeros_like(self.kind, dtype=torch.bool),
             instruction_lens=torch.zeros(samples, dtype=torch.long),
             asks=self.kind == 2,
@@ -87,9 +91,8 @@ def made(*samples: tuple[int, int, int], seed: int = 0) -> Made:
     kind = torch.repeat_interleave(torch.arange(3).repeat(len(samples)), counts.flatten())
     position = torch.cat([torch.arange(n) for n in lens.tolist()])
     query, key = torch.randn(2, HEADS, len(sample), WIDTH, generator=generator)
-    return Made(
-        sample, kind, position, query, key, torch.randn(len(sample), WIDTH, generator=generator)
-    )
+    hidden = torch.randn(len(sample), WIDTH, generator=generator)
+    return Made(sample, kind, position, query, key, hidden, counts[:, 1])
 
 
 def kept_visual(kept: Kept, tokens: LayerTokens) -> list[int]:

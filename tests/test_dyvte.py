@@ -49,6 +49,7 @@ def tokens(layer: int = 0, rows: tuple[str, ...] = ROWS, seed: int = 0) -> Layer
         samples=len(rows),
         position=torch.tensor([j for row in rows for j in range(len(row))]),
         visual=marks["v"],
+        entered=torch.tensor([row.count("v") for row in rows]),
         droppable_text=torch.zeros_like(marks["v"]),
         instruction_lens=torch.zeros(len(rows), dtype=torch.long),
         asks=marks["a"] | marks["l"],

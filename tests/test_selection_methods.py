@@ -281,7 +281,9 @@ def make_aim(keep: float | None = None, **options) -> Aim:
     return method
 
 
-def make_tokens(layer: int, visual_lens: list[int], text: int = 4) -> LayerTokens:
+def make_tokens(
+    layer: int, visual_lens: list[int], text: int = 4, entered: list[int] | None = None
+) -> LayerTokens:
     lens = [n + text for n in visual_lens]
     logits, filled = causal_logits(lens)
     sample = group_ids(torch.tensor(lens))
@@ -298,6 +300,7 @@ def make_tokens(layer: int, visual_lens: list[int], text: int = 4) -> LayerToken
         samples=len(lens),
         position=place,
         visual=visual,
+        entered=torch.tensor(visual_lens if entered is None else entered),
         droppable_text=nothing,
         instruction_lens=torch.zeros(len(lens), dtype=torch.long),
         asks=nothing,
@@ -344,7 +347,7 @@ def lives_through(method: Aim, entering: int) -> list[int]:
     for layer in range(method.depth):
         lives.append(alive)
         if layer in method.layers():
-            tokens = make_tokens(layer, [alive], text=2)
+            tokens = make_tokens(layer, [alive], 2, [entering])
             alive = int(method.after_layer(tokens).keep[tokens.visual].sum())
     return lives
 

@@ -169,7 +169,7 @@ class Aim(Layered):
     def count(self, tokens: LayerTokens) -> Tensor:
         """(B,) how many visual tokens of each sample go on: the plan's share, rounded down."""
         share = self.plan()[tokens.layer]
-        return (self.entered(tokens) * share + 1e-6).floor().long()
+        return (tokens.entered * share + 1e-6).floor().long()
 
 
 def _span(options: AimOptions, depth: int) -> tuple[int, int]:

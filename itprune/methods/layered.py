@@ -8,12 +8,10 @@ drop the first token of a slowly falling schedule.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from itprune.host import Host
 from itprune.methods.base import Method
 from itprune.options import check_choice
 from itprune.ragged import group_sizes, top_per_group
@@ -27,10 +25,6 @@ class Layered(Method):
     """Keeps the best-scored visual tokens after some LLM layers."""
 
     places: tuple[str, ...] = ("layers",)
-
-    def __init__(self, options: Any, host: Host) -> None:
-        super().__init__(options, host)
-        self._entered: Tensor | None = None
 
     def plan(self) -> Mapping[int, float]:
         """0-based layer -> fraction of the entering visual tokens that goes on after it.
@@ -46,7 +40,7 @@ class Layered(Method):
 
     def count(self, tokens: LayerTokens) -> Tensor:
         """(B,) how many visual tokens of each sample go on: the plan's share, rounded."""
-        wanted = self.entered(tokens) * self.plan()[tokens.layer]
+        wanted = tokens.entered * self.plan()[tokens.layer]
         return wanted.round().long()
 
     def share(self, keep: float | None) -> None:
@@ -64,15 +58,6 @@ class Layered(Method):
     @torch.no_grad()
     def after_layer(self, tokens: LayerTokens) -> Kept:
         return Kept(keep_best(tokens, self.score(tokens), self.count(tokens)))
-
-    def entered(self, tokens: LayerTokens) -> Tensor:
-        """(B,) droppable visual tokens of each sample that entered the LLM.
-
-        Remembered from the first layer of the plan, where none has gone yet.
-        """
-        if self._entered is None or tokens.layer == self.layers()[0]:
-            self._entered = alive(tokens)
-        return self._entered
 
 
 def alive(tokens: LayerTokens) -> Tensor:

@@ -73,5 +73,5 @@ class PyramidDrop(Layered):
         return tuple(fraction ** (stage + 1) for stage in range(len(self.stages)))
 
     def count(self, tokens: LayerTokens) -> Tensor:
-        wanted = self.entered(tokens) * self.plan()[tokens.layer]
+        wanted = tokens.entered * self.plan()[tokens.layer]
         return (wanted + ROUNDING).floor().long()
