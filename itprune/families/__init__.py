@@ -37,18 +37,26 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def family_class(model_type: str) -> type[Family]:
+    """The adapter's class.
+
+    Raises:
+        ValueError: an architecture we do not know.
+    """
+    if model_type not in _REGISTRY:
+        raise ValueError(
+            f"model family {model_type!r} is not supported; supported: {', '.join(families())}"
+        )
+    return _REGISTRY[model_type]
+
+
 def find_family(model: PreTrainedModel) -> Family:
     """The adapter for a model.
 
     Raises:
         ValueError: an architecture we do not know.
     """
-    model_type = model.config.model_type
-    if model_type not in _REGISTRY:
-        raise ValueError(
-            f"model family {model_type!r} is not supported; supported: {', '.join(families())}"
-        )
-    return _REGISTRY[model_type](model)
+    return family_class(model.config.model_type)(model)
 
 
 # Importing a family's file registers it.

@@ -1,4 +1,4 @@
-"""The command line itself: help for every command, the list of methods, one real process."""
+"""The command line itself: help for every command, one real process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,6 @@ def test_help(command: str, capsys: Any) -> None:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"itprune {command}" in capsys.readouterr().out
-
-
-def test_methods_lists_every_option(capsys: Any) -> None:
-    assert main(["methods"]) == 0
-    told = capsys.readouterr().out
-    for name in ("itprune", "uniform", "seed (default 0)", "min_text (default 25)", "llava"):
-        assert name in told
 
 
 def test_as_a_real_command(checkpoint: Path, pictures: Path) -> None:
