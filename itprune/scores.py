@@ -24,8 +24,12 @@ def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Returns:
         (n, T - 1) float32; the CLS-to-CLS entry is left out without renormalising.
     """
-    logits = (query[:, :, :1] @ key.transpose(-1, -2)).float() * scale
-    return torch.softmax(logits, -1)[:, :, 0, 1:].mean(1)
+    # Heads side by side, as the projection left them: one product with a block-diagonal query
+    # instead of one a head, which would copy all keys.
+    heads = query[:, :, 0]
+    block = torch.diag_embed(heads.transpose(1, 2)).transpose(1, 2).flatten(1, 2)  # (n, H d, H)
+    logits = (key.transpose(1, 2).flatten(2) @ block).float() * scale  # (n, T, H)
+    return torch.softmax(logits, 1)[:, 1:].mean(2)
 
 
 @torch.no_grad()

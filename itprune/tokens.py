@@ -215,7 +215,7 @@ def spread(slots: Tensor, count: Tensor) -> Tensor:
 def fill(images: Images, keep: Tensor, rows: Tensor) -> Kept:
     """Puts row j of (K, D) new features into the j-th kept slot."""
     empty = rows.new_zeros(len(keep), rows.shape[1])
-    return Kept(keep, empty.index_copy(0, keep.nonzero()[:, 0], rows))
+    return Kept(keep, empty.index_copy_(0, keep.nonzero()[:, 0], rows))
 
 
 def kept_lens(kept: Kept, images: Images) -> Tensor:

@@ -1,0 +1,117 @@
+"""Several methods as one, and methods of other packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from itprune import PruneConfig, attach, methods
+from itprune.host import Host
+from itprune.methods import build_method
+from tests.models import batch, prompts, tiny_llava
+
+HOST = Host.example()
+
+
+def test_each_part_acts_at_its_own_place() -> None:
+    config = PruneConfig.from_dict({"method": ["topk_cls", "fastv"], "keep": 0.36})
+    assert config.method == "topk_cls+fastv"
+    with attach(tiny_llava(), config) as pruner:
+        pruner._engine.family.model(**prompts(batch(((5, "image", 9),))))
+        report = pruner.report
+        assert pruner.method.at("before_llm").keep == pytest.approx(0.6)
+    assert report.visual_stage1 == [22]  # 0.6 of 36
+    assert len(report.segments) == 2
+    assert report.visual_layer_average == pytest.approx(0.36, abs=0.02)
+
+
+def test_a_part_may_name_its_own_keep() -> None:
+    options = {"topk_cls": {"keep": 0.5}, "fastv": {"layer": 3}}
+    method = build_method("topk_cls+fastv", options, HOST)
+    method.share(0.2)
+    assert method.at("before_llm").keep == 0.5
+    assert method.at("layers").keep == pytest.approx(0.4)
+    assert method.layers() == (3,)
+    method.share(1.0)
+    assert method.idle
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("topk_cls+uniform", {}, "topk_cls and uniform both act at the place 'before llm'"),
+        ("fastv+pyramiddrop", {}, "both act at the place 'layers'"),
+        ("itprune+fastv", {}, "both act at the place 'layers'"),
+        ("dense+fastv", {}, "dense drops nothing"),
+        ("fastv+fastv", {}, "names a method twice"),
+        ("topk_cls+fastw", {}, "fastv"),
+        ("topk_cls+fastv", {"layer": 2}, "sections named topk_cls, fastv"),
+        ("topk_cls+fastv", {"fastv": {"layr": 2}}, "prune.fastv: unknown option 'layr'"),
+        ("topk_cls+fastv", {"fastv": 2}, "must be a mapping"),
+        ("topk_cls+fastv", {"fastv": {"keep": 2.0}}, "prune.fastv.keep"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_method(name, options, HOST)
+
+
+def test_a_stage_that_is_switched_off_leaves_its_place() -> None:
+    method = build_method("itprune+fastv", {"itprune": {"stage2": None}}, HOST)
+    assert method.owner == {"before_llm": "itprune", "layers": "fastv"}
+
+
+OUTSIDE = """
+from itprune.methods import register_method
+from itprune.methods.base import Method
+from itprune.tokens import Kept
+
+@register_method("brightest_outside")
+class Brightest(Method):
+    places = ("before_llm",)
+
+    def before_llm(self, images):
+        length = images.features.norm(dim=-1)
+        return Kept(length > length.quantile(1 - self.keep))
+"""
+
+
+def test_an_installed_package_brings_its_methods(tmp_path: Path) -> None:
+    """An entry point of the group `itprune.methods` is all a package needs."""
+    (tmp_path / "brightest.py").write_text(OUTSIDE)
+    info = tmp_path / "brightest-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brightest\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[itprune.methods]\nbrightest = brightest\n")
+    code = "import itprune; print('brightest_outside' in itprune.methods())"
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(tmp_path), str(root)])
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == "True"
+    assert "brightest_outside" not in methods()
+
+
+def test_downsampling_runs_the_tower_on_a_small_picture() -> None:
+    model, data = tiny_llava(), prompts(batch(((5, "image", 9),)))
+    seen: list[torch.Size] = []
+    tower = model.model.vision_tower
+    tower.embeddings.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    with attach(model, PruneConfig("downsample", keep=0.25)) as pruner:
+        model(**data)
+        assert seen == [torch.Size([1, 10, 32])]  # CLS and 3 x 3 patches
+        assert pruner.report.visual_stage1 == [9]
+        with pruner.tracing() as trace:
+            model(**data)
+    kept = trace.keep.view(6, 6).nonzero().tolist()
+    assert kept == [[row, column] for row in (1, 3, 5) for column in (1, 3, 5)]

@@ -1,0 +1,104 @@
+"""Contiguous position ids behind the prompt: decoding, turns, beams, cropping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from itprune import PromptFormat, PruneConfig, attach
+from tests.models import ASSISTANT, ROWS, batch, prompts, tiny_llava
+
+PROMPT = PromptFormat((0, 1, 2, *ASSISTANT), ASSISTANT)
+METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "quecc")
+
+
+def answered(side: str = "left") -> dict[str, Tensor]:
+    """Three prompts that end with the assistant's prefix: one image, two images, text only."""
+    data = prompts(batch((ROWS[0][:3], ROWS[2][:5], (7,)), side=side))
+    prefix = torch.tensor(ASSISTANT).expand(3, -1)
+    return {
+        **data,
+        "input_ids": torch.cat([data["input_ids"], prefix], 1),
+        "attention_mask": torch.cat([data["attention_mask"], torch.ones_like(prefix)], 1),
+    }
+
+
+def config(name: str, positions: str | None = None) -> PruneConfig:
+    options = {"kernel": 2} if name == "quecc" else {}
+    keep = None if name == "quecc" else 0.5
+    return PruneConfig(name, keep=keep, positions=positions, options=options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_turn_goes_on_where_the_first_ended(name: str) -> None:
+    model, data = tiny_llava(), answered()
+    torch.manual_seed(0)
+    with attach(model, config(name), prompt=PROMPT), torch.no_grad():
+        mask = data["attention_mask"]
+        ids = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.get_decoder().config)
+        model(**data, position_ids=ids, past_key_values=cache)
+        more = torch.tensor([[11, 12, 13, 14]]).expand(3, -1)
+        full = torch.cat([mask, torch.ones_like(more)], 1)
+        later = ids[:, -1:] + torch.arange(1, 5)
+        found = model(
+            input_ids=more, attention_mask=full, position_ids=later, past_key_values=cache
+        ).logits
+        whole = {**data, "input_ids": torch.cat([data["input_ids"], more], 1)}
+        whole["attention_mask"] = full
+        expected = model(**whole, position_ids=torch.cat([ids, later], 1), use_cache=False).logits
+    assert (found - expected[:, -4:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beams_of_a_batch_are_beams_of_its_rows(name: str) -> None:
+    model, data = tiny_llava(), answered()
+    how = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "suppress_tokens": [290]}
+    torch.manual_seed(0)
+    with attach(model, config(name), prompt=PROMPT):
+        found = model.generate(**data, **how)[:, -4:]
+        images = {0: slice(0, 1), 1: slice(1, 3)}
+        for row, pictures in images.items():
+            mask = data["attention_mask"][row].bool()
+            alone = {
+                "input_ids": data["input_ids"][row, mask][None],
+                "attention_mask": torch.ones(1, int(mask.sum()), dtype=torch.long),
+                "pixel_values": data["pixel_values"][pictures],
+            }
+            assert torch.equal(model.generate(**alone, **how)[0, -4:], found[row])
+
+
+def test_renumbering_changes_what_the_model_computes() -> None:
+    data, logits = answered(), {}
+    for positions in ("original", "contiguous"):
+        with attach(model := tiny_llava(), config("vtc_cls", positions), prompt=PROMPT):
+            logits[positions] = model(**data).logits[:, -1]
+    first, second = logits.values()
+    assert (first[:2] - second[:2]).abs().max() > 1e-3
+    assert torch.equal(first[2], second[2])  # a row without images
+
+
+def test_a_renumbered_prompt_is_not_cropped_into() -> None:
+    model, data = tiny_llava(), answered()
+    with attach(model, config("vtc_cls"), prompt=PROMPT), torch.no_grad():
+        cache = DynamicCache(config=model.get_decoder().config)
+        model(**data, past_key_values=cache)
+        cache.crop(data["input_ids"].shape[1])  # nothing to remove
+        with pytest.raises(ValueError, match=r"prune\.positions: original"):
+            cache.crop(5)
+
+
+def test_a_speculating_assistant_crops_what_was_decoded() -> None:
+    model, data = tiny_llava(), answered()
+    row = data["attention_mask"][0].bool()
+    one = {
+        "input_ids": data["input_ids"][0, row][None],
+        "attention_mask": torch.ones(1, int(row.sum()), dtype=torch.long),
+        "pixel_values": data["pixel_values"][:1],
+    }
+    how = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [290]}
+    with attach(model, config("vtc_cls"), prompt=PROMPT):
+        plain = model.generate(**one, **how)
+        assert torch.equal(model.generate(**one, **how, prompt_lookup_num_tokens=3), plain)
