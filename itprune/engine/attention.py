@@ -29,6 +29,16 @@ Tap = Callable[[Tensor, Tensor, float], None]
 
 
 @dataclass(frozen=True)
+class Split:
+    """Which rows of a (B, L, D) tensor are what, as indices b * L + l. Others are filling."""
+
+    text: Tensor
+    visual: Tensor
+    share: float
+    """Of the feed-forward channels, for visual rows."""
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """What one attention call carries."""
 
@@ -39,6 +49,10 @@ class AttentionCall:
     """Nothing is attended to: the call exists for its q and k."""
     isolated: int = 0
     """Trailing tokens of an encoder that see everything and are seen by themselves only."""
+    attend: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] | None = None
+    """query, key, value, scale, dropout -> (B, L, H, d): takes the place of the host's kernel."""
+    split: Split | None = None
+    """What the feed-forward block behind this attention runs narrower; None: nothing."""
 
 
 def pruned_name(base: str) -> str:
@@ -79,6 +93,8 @@ def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             call.tap(query.detach(), key.detach(), scale)
         if call.only_tap:
             return torch.zeros_like(query).transpose(1, 2), None
+        if call.attend is not None:
+            return call.attend(query, key, value, scale, dropout), None
         if call.isolated:
             return isolated_attention(query, key, value, call.isolated, scale, dropout), None
         if call.rows is not None and not varlen_by_host:

@@ -28,6 +28,7 @@ class PrunedLayer(DynamicLayer):
             same tokens and can share a mask.
         late: (B,) by how much position ids lag behind the virtual ones, where kept tokens were
             renumbered; None: nowhere.
+        visual: (B, L) which entries are visual tokens; None: not asked for, or none.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
@@ -44,6 +45,8 @@ class PrunedLayer(DynamicLayer):
         self.aligned = True
         self.history: tuple[int, ...] = ()
         self.late: Tensor | None = None
+        self.visual: Tensor | None = None
+        self._coming_visual: Tensor | None = None
         self._renumbered_up_to = 0
         self._coming: Rows | None = None
 
@@ -60,6 +63,10 @@ class PrunedLayer(DynamicLayer):
             self.late = late if self.late is None else self.late + late
             self._renumbered_up_to = self.virtual_length + rows.length
         self.history = (*self.history, start)
+
+    def mark(self, visual: Tensor) -> None:
+        """Tells which of the entries of the next `update`, (B, L) bool, are visual tokens."""
+        self._coming_visual = visual
 
     def update(
         self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -80,6 +87,13 @@ class PrunedLayer(DynamicLayer):
 
     def _note(self, position: Tensor, filled: Tensor, length: int) -> None:
         position = position + self.virtual_length
+        visual, self._coming_visual = self._coming_visual, None
+        if visual is not None or self.visual is not None:
+            visual = torch.zeros_like(filled) if visual is None else visual
+            earlier = self.visual
+            if earlier is None and self.filled is not None:
+                earlier = torch.zeros_like(self.filled)
+            self.visual = visual if earlier is None else torch.cat([earlier, visual], 1)
         if self.position is not None and self.filled is not None:
             position = torch.cat([self.position, position], 1)
             filled = torch.cat([self.filled, filled], 1)
@@ -102,6 +116,7 @@ class PrunedLayer(DynamicLayer):
             self.keys, self.values = change(self.keys), change(self.values)
             self.position, self.filled = change(self.position), change(self.filled)
             self.late = None if self.late is None else change(self.late)
+            self.visual = None if self.visual is None else change(self.visual)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -129,6 +144,7 @@ class PrunedLayer(DynamicLayer):
         width = int(stays.sum(1).max())  # entries are ascending, so what stays is on the left
         self.keys, self.values = self.keys[..., :width, :], self.values[..., :width, :]
         self.position, self.filled = self.position[:, :width], stays[:, :width]
+        self.visual = None if self.visual is None else self.visual[:, :width]
         self.aligned &= bool(self.filled.all())
         self.virtual_length = left
 

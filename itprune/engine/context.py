@@ -7,20 +7,23 @@ Legend: B samples, S virtual length, N tokens alive, D width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from itprune.engine.attention import KEYWORD, AttentionCall
+from itprune.engine.attention import KEYWORD, AttentionCall, Split
 from itprune.engine.cache import PrunedLayer, adopt_layers
 from itprune.engine.masks import causal_mask, gather_mask
 from itprune.engine.positions import Decoder, Positions
 from itprune.engine.relevance import LayerScores, Tapped
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
+from itprune.engine.spare import Attend, Spared
 from itprune.methods.base import Method
 from itprune.ragged import group_sizes
 from itprune.report import Report, Segment
@@ -51,6 +54,8 @@ class Context:
     """Layout of rows made later."""
     host: Decoder
     positions: Positions
+    spared: Spared | None
+    """What the method spares on visual tokens that stay."""
     rows_at: list[Rows | None] = field(default_factory=list)
     """What each layer ran on, filled as the layers run."""
     moves: dict[int, Tensor] = field(default_factory=dict)
@@ -118,7 +123,8 @@ class Context:
             self.positions.number(rows, None, None, kwargs, 0)
         elif index and self.method is not None and index - 1 in self.method.layers():
             rows = self._drop(index, rows, hidden, kwargs)
-        if rows is not None and index in self.moves and self.cache is not None:
+        moved = rows is not None and index in self.moves
+        if self.cache is not None and (moved or self._gates(index)):
             adopt_layers(self.cache, index, self.depth)
         self.rows_at.append(rows)
 
@@ -178,13 +184,15 @@ class Context:
         droppable = seq.instruction & ~seq.protected & seq.visual.any(1, keepdim=True)
         place = torch.arange(seq.asks.shape[1], device=rows.token.device)
         last_ask = torch.where(seq.asks, place, -1)
-        scored = rows.position <= last_ask.amax(1)[rows.sample]
+        end = last_ask.amax(1)  # behind it nothing is scored
+        scored = rows.position <= end[rows.sample]
         return LayerTokens(
             layer=layer,
             sample=rows.sample,
             samples=rows.samples,
             position=rows.position,
             visual=seq.at("visual", rows) & scored,
+            entered=self._entered(end),
             droppable_text=droppable.reshape(-1)[rows.token] & scored,
             instruction_lens=droppable.sum(1),
             asks=seq.at("asks", rows),
@@ -193,6 +201,12 @@ class Context:
             heads=scores.heads,
             logits=scores.logits,
         )
+
+    def _entered(self, end: Tensor) -> Tensor:
+        """(B,) visual tokens up to position `end` of each sample that layer 0 ran on."""
+        rows = self._all_valid() if self.rows_at[0] is None else self.rows_at[0]
+        counted = self.sequence.at("visual", rows) & (rows.position <= end[rows.sample])
+        return group_sizes(rows.sample[counted], rows.samples)
 
     # ------------------------------------------------------------------------ physical kwargs
     def _physical(
@@ -220,9 +234,26 @@ class Context:
                 )
         packed = rows if rows is not None and rows.packed else None
         tap = self._tap(index, changes.get("position_embeddings", kwargs["position_embeddings"]))
-        if packed is not None or tap is not None:
-            changes[KEYWORD] = AttentionCall(packed, tap)
+        attend, split = self._spare(index, rows, layer, kwargs["attention_mask"])
+        call = AttentionCall(packed, tap, attend=attend, split=split)
+        if call != AttentionCall():
+            changes[KEYWORD] = call
         return {**kwargs, **changes} if changes else None
+
+    def _gates(self, index: int) -> bool:
+        return self.method is not None and self.spared is not None and self.spared.gates(index)
+
+    def _spare(
+        self, index: int, rows: Rows | None, layer: PrunedLayer | None, host: Any
+    ) -> tuple[Attend | None, Split | None]:
+        if self.spared is None:
+            return None, None
+        if "alive" not in self.memo:
+            self.memo["alive"] = self._all_valid()
+        alive = self.memo["alive"] if rows is None else rows
+        mask = functools.partial(self._mask, rows, layer, host, explicit=True)
+        attend = self.spared.attention(index, alive, rows is None, layer, mask)
+        return attend, self.spared.split(index, alive, rows is None)
 
     def _cache_layer(self, index: int) -> PrunedLayer | None:
         if self.cache is None or index >= len(self.cache.layers):
@@ -245,23 +276,31 @@ class Context:
         return tap
 
     # ------------------------------------------------------------------------ masks
-    def _mask(self, rows: Rows | None, layer: PrunedLayer | None, host: Any) -> Any:
+    def _mask(
+        self, rows: Rows | None, layer: PrunedLayer | None, host: Any, explicit: bool = False
+    ) -> Any:
         history = layer.history if layer is not None else ()
-        key = ("mask", id(rows), history, id(host))
+        key = ("mask", id(rows), history, id(host), explicit)
         if key not in self.memo:
-            self.memo[key] = self._build_mask(rows, layer, host)
+            implied = not explicit and self._implied(rows, layer)
+            self.memo[key] = None if implied else self._build_mask(rows, layer, host, explicit)
         return self.memo[key]
 
-    def _build_mask(self, rows: Rows | None, layer: PrunedLayer | None, host: Any) -> Any:
-        """The mask of the physical queries (None: the whole call) over cache entries and them."""
+    def _implied(self, rows: Rows | None, layer: PrunedLayer | None) -> bool:
+        """Whether plain causal attention is exact."""
         stored = layer is not None and layer.position is not None
         if rows is not None and rows.packed:
-            return None
+            return True
         if self.plain and not stored and rows is not None:
-            return None  # rows ascend and pads stand last: plain causal attention is exact
+            return True  # rows ascend and pads stand last
+        one = self.sequence.valid.shape[1] == 1
+        return self.plain and stored and one and layer is not None and layer.aligned
+
+    def _build_mask(
+        self, rows: Rows | None, layer: PrunedLayer | None, host: Any, explicit: bool
+    ) -> Any:
+        """The mask of the physical queries (None: the whole call) over cache entries and them."""
         samples, length = self.sequence.valid.shape
-        if self.plain and stored and length == 1 and layer is not None and layer.aligned:
-            return None
         if rows is None:
             query = torch.arange(length, device=self.sequence.valid.device).expand(samples, -1)
             new_filled = torch.ones_like(query, dtype=torch.bool)
@@ -271,12 +310,18 @@ class Context:
         if layer is not None and layer.position is not None and layer.filled is not None:
             key = torch.cat([layer.position, key], 1)
             filled = torch.cat([layer.filled, filled], 1)
+        elif layer is None and self.past:  # a layer of the host's own cache holds everything
+            past = torch.arange(self.past, device=key.device).expand(samples, -1)
+            key = torch.cat([past, key], 1)
+            filled = F.pad(filled, (self.past, 0), value=True)
         if isinstance(host, Tensor) and host.ndim == 4 and not self.plain:
             offset = max(self.past + length - host.shape[-1], 0)
             return gather_mask(host, query, key - offset, filled)
         if self.sequence.padding_mask is not None:
             filled = filled & self.sequence.padding_mask.bool().gather(1, key)
-        return filled if self.flash else causal_mask(query + self.past, key, filled)
+        if self.flash and not explicit:
+            return filled
+        return causal_mask(query + self.past, key, filled)
 
     # ------------------------------------------------------------------------ report
     def _report(self) -> Report:

@@ -35,6 +35,7 @@ from itprune.engine.question import Question, QuestionReader
 from itprune.engine.request import Request
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
+from itprune.engine.spare import Savings
 from itprune.engine.vision import VISION_PLACES, VisionPass, answer_late, pixels_of
 from itprune.families.base import Family
 from itprune.methods.base import Method
@@ -70,7 +71,8 @@ class Engine:
             self._text, model.get_input_embeddings(), self._text.config.hidden_size
         )
         self._renumber = (self._renumbers("before_llm"), self._renumbers("layers"))
-        self._handles: list[RemovableHandle] = []
+        self._savings = Savings(family, method)
+        self._handles: list[RemovableHandle] = [*self._savings.handles]
         self._attention = self._rename_attention()
         self._install(model)
 
@@ -270,6 +272,7 @@ class Engine:
             packed=packed,
             host=self,
             positions=Positions(self, sequence, self._renumber),
+            spared=self._savings.forward(sequence, plain and past == 0),
         )
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,27 @@ An adapter names modules of a stock transformers model. It owns no forward and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from itprune.host import Host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A decoder layer's feed-forward block, whose hidden channels are computed one by one."""
+
+    module: nn.Module
+    first: tuple[str, ...]
+    """Submodules that make the channels, one output each."""
+    last: str
+    """The submodule that takes them in."""
 
 
 class Family(ABC):
@@ -51,6 +64,24 @@ class Family(ABC):
     def attention(self, layer: nn.Module) -> nn.Module:
         """A decoder layer's attention module."""
         return cast(nn.Module, layer.self_attn)
+
+    def feed_forward(self, layer: nn.Module) -> FeedForward:
+        """A decoder layer's feed-forward block: by default a gated one."""
+        return FeedForward(cast(nn.Module, layer.mlp), ("gate_proj", "up_proj"), "down_proj")
+
+    def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
+        """Where visual tokens stand on their images.
+
+        Args:
+            count: visual tokens of a batch.
+
+        Returns:
+            (n,) how many of them each image has, and (n, 2) rows and columns of its grid; tokens
+            beyond the grid stand first. By default all images have the usual size.
+        """
+        rows, columns = self.host.grid
+        images = count // (rows * columns)
+        return torch.full((images,), rows * columns), torch.tensor([[rows, columns]] * images)
 
     @property
     @abstractmethod

@@ -51,6 +51,13 @@ class Llava(Family):
             )
         return index
 
+    def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
+        rows, columns = self.host.grid
+        cls = self.model.config.vision_feature_select_strategy == "full"
+        slots = rows * columns + int(cls)
+        images = count // slots
+        return torch.full((images,), slots), torch.tensor([[rows, columns]] * images)
+
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         patch = self.tower.config.patch_size
         return pixels.shape[-2] // patch, pixels.shape[-1] // patch

@@ -1,0 +1,215 @@
+"""What a method's `sparsity` means for each layer of a forward.
+
+`Savings` belongs to the engine and owns the hooks on feed-forward blocks. `Spared` belongs to one
+forward: it says how each layer attends and which rows its feed-forward block runs narrower, and
+both travel with the attention's call.
+Legend: B samples, L physical columns, N tokens alive.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from itprune.engine.attention import Split
+from itprune.engine.cache import PrunedLayer
+from itprune.engine.narrow import NarrowFeedForward
+from itprune.engine.rows import Rows
+from itprune.engine.scene import Raster, Scene, raster, same_image, within
+from itprune.engine.sequence import Sequence
+from itprune.engine.sparse import Masked, grouped_attention, masked_attention
+from itprune.families.base import Family
+from itprune.methods.base import Method
+from itprune.tokens import Sparsity
+
+Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+"""query, key, value, scale, dropout -> (B, L, H, d)."""
+
+
+class Savings:
+    """The hooks of a method that spares compute on visual tokens."""
+
+    def __init__(self, family: Family, method: Method) -> None:
+        self.family, self.method = family, method
+        self.handles: list[RemovableHandle] = []
+        if "compute" not in method.places:
+            return
+        for layer in family.layers:
+            block = NarrowFeedForward(family.attention(layer), family.feed_forward(layer))
+            self.handles += block.handles
+
+    def forward(self, sequence: Sequence, starts: bool) -> Spared | None:
+        """For one forward; None where the method spares nothing.
+
+        Args:
+            sequence: of the forward.
+            starts: the mask is plainly causal and nothing is cached yet.
+        """
+        return Spared(self, sequence, starts) if self.handles else None
+
+
+@dataclass
+class Spared:
+    """What one forward spares."""
+
+    savings: Savings
+    sequence: Sequence
+    starts: bool
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def gates(self, layer: int) -> bool:
+        """Whether a layer has to know later on which of its cache entries are visual."""
+        spare = self.savings.method.sparsity(layer)
+        return spare is not None and (spare.heads is not None or spare.blind)
+
+    def split(self, index: int, rows: Rows, host_layout: bool) -> Split | None:
+        """Which rows layer `index` runs narrower."""
+        spare = self.savings.method.sparsity(index)
+        if spare is None or spare.width == 1.0 or not self._any_visual(rows):
+            return None
+
+        def make() -> Split:
+            visual, place = self.sequence.at("visual", rows), self._place(rows, host_layout)
+            return Split(place[~visual], place[visual], spare.width)
+
+        return self._once(("split", id(rows), spare.width), make)
+
+    def attention(
+        self,
+        index: int,
+        rows: Rows,
+        host_layout: bool,
+        cached: PrunedLayer | None,
+        mask: Callable[[], Tensor],
+    ) -> Attend | None:
+        """How layer `index` attends, where not as usual; its cache learns what is visual.
+
+        Args:
+            index: the layer.
+            rows: tokens alive.
+            host_layout: the layer sees the host's (B, S), padding included.
+            cached: the layer's cache, where it is one that knows its entries.
+            mask: () -> (B, 1, Lq, Lk) the mask this layer would have without savings.
+        """
+        spare = self.savings.method.sparsity(index)
+        if spare is None:
+            return None
+        stored = None if cached is None else cached.visual
+        if not self._any_visual(rows):
+            gated = stored is not None and (spare.heads is not None or spare.blind)
+            return self._masked(spare, rows, host_layout, cached, mask) if gated else None
+        if cached is not None:
+            cached.mark(self._table(self.sequence.visual, rows, host_layout))
+        if spare.window is None and spare.heads is None and not spare.blind:
+            return None
+        if not self.starts:
+            return self._masked(spare, rows, host_layout, cached, mask)
+        return self._grouped(spare, self._scene(rows, host_layout, spare.window is not None))
+
+    def _grouped(self, spare: Sparsity, scene: Scene) -> Attend:
+        window = spare.window
+        groups = scene.everything
+        if window is not None:
+            groups = self._once(("window", id(scene), window), lambda: scene.windowed(window))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+            return grouped_attention(q, k, v, scene, spare, groups, scale, dropout)
+
+        return attend
+
+    # ------------------------------------------------------------------------ where things are
+    def _any_visual(self, rows: Rows) -> bool:
+        return self._once(("any", id(rows)), lambda: bool(self.sequence.at("visual", rows).any()))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def _place(self, rows: Rows, host_layout: bool) -> Tensor:
+        """(N,) physical index b * L + l of each token alive."""
+        if host_layout:
+            return rows.token
+        return torch.arange(len(rows.token), device=rows.token.device) if rows.packed else rows.slot
+
+    def _raster(self) -> Raster:
+        """(B, S)."""
+        visual, family = self.sequence.visual, self.savings.family
+
+        def make() -> Raster:
+            slots, grid = family.slot_grids(int(visual.sum()))
+            return raster(visual, slots.to(visual.device), grid.to(visual.device))
+
+        return self._once("raster", make)
+
+    def _scene(self, rows: Rows, host_layout: bool, windows: bool) -> Scene:
+        def make() -> Scene:
+            return Scene(
+                place=self._place(rows, host_layout),
+                sample=rows.sample,
+                samples=rows.samples,
+                visual=self.sequence.at("visual", rows),
+                raster=self._raster().at(rows.token) if windows else None,
+            )
+
+        return self._once(("scene", id(rows), windows), make)
+
+    def _table(self, facts: Tensor, rows: Rows, host_layout: bool) -> Tensor:
+        """(B, S) -> (B, L) what holds of each entry a cache gets; False, or -1, at filling."""
+        if host_layout:
+            return facts
+        off = False if facts.dtype == torch.bool else -1
+        return torch.where(rows.filled, facts.gather(1, rows.table), off)
+
+    # ------------------------------------------------------------------------ explicit masks
+    def _masked(
+        self,
+        spare: Sparsity,
+        rows: Rows,
+        host_layout: bool,
+        cached: PrunedLayer | None,
+        mask: Callable[[], Tensor],
+    ) -> Attend:
+        new = self._table(self.sequence.visual, rows, host_layout)
+        before = mask().shape[-1] - new.shape[1]
+        stored = None if cached is None else cached.visual
+        past = new.new_zeros(len(new), before) if stored is None else stored
+        shown = mask()
+        if spare.window is not None and self._any_visual(rows):
+            shown = self._window(shown, spare.window, rows, host_layout, before)
+        masked = Masked(shown, new, torch.cat([past, new], 1))
+        return functools.partial(_attend_masked, masked, spare)
+
+    def _window(
+        self, mask: Tensor, window: int, rows: Rows, host_layout: bool, before: int
+    ) -> Tensor:
+        """Puts the images' windows into a mask; what is cached belongs to earlier images."""
+        grids = self._raster()
+        tables = [self._table(t, rows, host_layout) for t in (grids.image, grids.row, grids.column)]
+        query = Raster(*tables)
+        key = Raster(*(F.pad(t, (before, 0), value=-1) for t in tables))
+        inside = same_image(query, key)[:, None]
+        near = within(query, key, window // 2)[:, None]
+        if mask.dtype == torch.bool:
+            return torch.where(inside, near, mask)
+        hidden = torch.finfo(mask.dtype).min
+        return torch.where(inside, torch.zeros_like(mask).masked_fill(~near, hidden), mask)
+
+
+def _attend_masked(
+    masked: Masked,
+    spare: Sparsity,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    return masked_attention(query, key, value, masked, spare, scale, dropout)
