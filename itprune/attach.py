@@ -140,9 +140,12 @@ def attach(
     method.use(calibration)
     method.share(config.keep_at(0.0 if model.training else 1.0))
     prompt = prompt or PromptFormat(_special_ids(inner))
-    engine = Engine(inner, family, method, config, prompt)
-    register_trained(model, inner, method)
-    return Attached(engine, config)
+    method = register_trained(model, inner, method)
+    try:
+        return Attached(Engine(inner, family, method, config, prompt), config)
+    except ValueError:
+        unregister_trained(inner)
+        raise
 
 
 def _special_ids(model: PreTrainedModel) -> tuple[int, ...]:

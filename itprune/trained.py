@@ -1,7 +1,8 @@
 """Trained parts of a method, as a submodule of the model they work in.
 
-Under the name `pruner` they move, save, shard and reach the optimiser like any other module; a
-method without weights leaves no trace in the model.
+Under the name `pruner` they move, save, shard and reach the optimiser like any other module; in a
+PEFT model they are one of its modules to save, so every adapter checkpoint has them. A method
+without weights leaves no trace in the model.
 """
 
 from __future__ import annotations
@@ -19,14 +20,36 @@ def is_trained(method: Method) -> bool:
     return next(method.parameters(), None) is not None
 
 
-def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -> None:
-    """Puts a method with weights into the model, on the device of its projector."""
+def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -> Method:
+    """Puts a method with weights into the model, where its embeddings are.
+
+    Args:
+        model: the model as the user holds it, PEFT-wrapped or not.
+        inner: the transformers model inside.
+        method: may have no weights; then nothing happens.
+
+    Returns:
+        The method to work with from now on (PEFT trains a copy).
+    """
+    from peft import PeftModel
+    from peft.utils import ModulesToSaveWrapper
+
     if not is_trained(method):
-        return
-    reference = inner.get_input_embeddings().weight
-    method.to(reference.device)
+        return method
+    method.to(inner.get_input_embeddings().weight.device)
     method.train(model.training)
-    inner.add_module(NAME, method)
+    if not isinstance(model, PeftModel):
+        inner.add_module(NAME, method)
+        return method
+    adapter = model.active_adapter
+    wrapper = ModulesToSaveWrapper(method, adapter)
+    wrapper.original_module = nn.Identity()  # there is no untrained pruner to fall back to
+    inner.add_module(NAME, wrapper)
+    listed = model.peft_config[adapter].modules_to_save or []
+    model.peft_config[adapter].modules_to_save = sorted({*listed, NAME})
+    copy = wrapper.modules_to_save[adapter]
+    assert isinstance(copy, Method)
+    return copy
 
 
 def unregister_trained(inner: PreTrainedModel) -> None:
