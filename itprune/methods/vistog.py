@@ -49,6 +49,19 @@ class VistogOptions:
             raise ValueError(f"prune.temperature: must be above 0, got {self.temperature}")
 
 
+class SemanticTokens(nn.Module):
+    """The learned tokens; a module, so that sharded weights are gathered when they are asked."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+        nn.init.normal_(self.weight, std=width**-0.5)  # the scale of a class embedding
+
+    def forward(self) -> Tensor:
+        """(S, D)."""
+        return self.weight.clone()
+
+
 class Grouping(nn.Module):
     """Assigns patches to semantic tokens and averages them."""
 
@@ -108,7 +121,7 @@ class Vistog(FixedSize):
 
     def __init__(self, options: VistogOptions, host: Host) -> None:
         super().__init__(options, host)
-        self.tokens = nn.Parameter(torch.empty(0, host.vision_width))
+        self.tokens = SemanticTokens(0, host.vision_width)
         self.grouping = Grouping(host.vision_width, options.temperature)
         self.resize(options.tokens or PUBLISHED_TOKENS)
 
@@ -125,18 +138,15 @@ class Vistog(FixedSize):
 
     def resize(self, size: int) -> None:
         self.size = size
-        tokens = self.tokens.new_empty(size, self.tokens.shape[1])
-        # The scale of a class embedding.
-        nn.init.normal_(tokens, std=self.tokens.shape[1] ** -0.5)
-        self.tokens = nn.Parameter(tokens)
+        self.tokens = SemanticTokens(size, self.host.vision_width).to(self.tokens.weight)
 
     def stored_size(self, state: Mapping[str, Tensor], prefix: str) -> int | None:
-        tokens = state.get(f"{prefix}tokens")
+        tokens = state.get(f"{prefix}tokens.weight")
         return None if tokens is None else len(tokens)
 
     # ------------------------------------------------------------------------------- grouping
     def tower_tokens(self) -> Tensor:
-        return self.tokens
+        return self.tokens()
 
     def before_llm(self, images: Images) -> Kept:
         """S tokens per image.
