@@ -248,12 +248,9 @@ class Context:
     ) -> tuple[Attend | None, Split | None]:
         if self.spared is None:
             return None, None
-        if "alive" not in self.memo:
-            self.memo["alive"] = self._all_valid()
-        alive = self.memo["alive"] if rows is None else rows
         mask = functools.partial(self._mask, rows, layer, host, explicit=True)
-        attend = self.spared.attention(index, alive, rows is None, layer, mask)
-        return attend, self.spared.split(index, alive, rows is None)
+        attend = self.spared.attention(index, rows, layer, mask)
+        return attend, self.spared.split(index, rows)
 
     def _cache_layer(self, index: int) -> PrunedLayer | None:
         if self.cache is None or index >= len(self.cache.layers):

@@ -272,7 +272,7 @@ class Engine:
             packed=packed,
             host=self,
             positions=Positions(self, sequence, self._renumber),
-            spared=self._savings.forward(sequence, plain and past == 0),
+            spared=self._savings.forward(sequence, active, plain and past == 0),
         )
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

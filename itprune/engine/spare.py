@@ -45,22 +45,24 @@ class Savings:
             block = NarrowFeedForward(family.attention(layer), family.feed_forward(layer))
             self.handles += block.handles
 
-    def forward(self, sequence: Sequence, starts: bool) -> Spared | None:
+    def forward(self, sequence: Sequence, active: bool, starts: bool) -> Spared | None:
         """For one forward; None where the method spares nothing.
 
         Args:
             sequence: of the forward.
+            active: there are images in it.
             starts: the mask is plainly causal and nothing is cached yet.
         """
-        return Spared(self, sequence, starts) if self.handles else None
+        return Spared(self, sequence, active, starts) if self.handles else None
 
 
 @dataclass
 class Spared:
-    """What one forward spares."""
+    """What one forward spares. Rows are the tokens a layer runs on, None the host's (B, S)."""
 
     savings: Savings
     sequence: Sequence
+    active: bool
     starts: bool
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -69,49 +71,43 @@ class Spared:
         spare = self.savings.method.sparsity(layer)
         return spare is not None and (spare.heads is not None or spare.blind)
 
-    def split(self, index: int, rows: Rows, host_layout: bool) -> Split | None:
+    def split(self, index: int, rows: Rows | None) -> Split | None:
         """Which rows layer `index` runs narrower."""
         spare = self.savings.method.sparsity(index)
         if spare is None or spare.width == 1.0 or not self._any_visual(rows):
             return None
 
         def make() -> Split:
-            visual, place = self.sequence.at("visual", rows), self._place(rows, host_layout)
+            visual, place = self.sequence.at("visual", self._alive(rows)), self._place(rows)
             return Split(place[~visual], place[visual], spare.width)
 
         return self._once(("split", id(rows), spare.width), make)
 
     def attention(
-        self,
-        index: int,
-        rows: Rows,
-        host_layout: bool,
-        cached: PrunedLayer | None,
-        mask: Callable[[], Tensor],
+        self, index: int, rows: Rows | None, cached: PrunedLayer | None, mask: Callable[[], Tensor]
     ) -> Attend | None:
         """How layer `index` attends, where not as usual; its cache learns what is visual.
 
         Args:
             index: the layer.
-            rows: tokens alive.
-            host_layout: the layer sees the host's (B, S), padding included.
+            rows: what it runs on.
             cached: the layer's cache, where it is one that knows its entries.
             mask: () -> (B, 1, Lq, Lk) the mask this layer would have without savings.
         """
         spare = self.savings.method.sparsity(index)
         if spare is None:
             return None
-        stored = None if cached is None else cached.visual
+        gated = spare.heads is not None or spare.blind
         if not self._any_visual(rows):
-            gated = stored is not None and (spare.heads is not None or spare.blind)
-            return self._masked(spare, rows, host_layout, cached, mask) if gated else None
+            hides = gated and cached is not None and cached.visual is not None
+            return self._masked(spare, rows, cached, mask) if hides else None
         if cached is not None:
-            cached.mark(self._table(self.sequence.visual, rows, host_layout))
-        if spare.window is None and spare.heads is None and not spare.blind:
+            cached.mark(self._table(self.sequence.visual, rows))
+        if spare.window is None and not gated:
             return None
         if not self.starts:
-            return self._masked(spare, rows, host_layout, cached, mask)
-        return self._grouped(spare, self._scene(rows, host_layout, spare.window is not None))
+            return self._masked(spare, rows, cached, mask)
+        return self._grouped(spare, self._scene(rows, spare.window is not None))
 
     def _grouped(self, spare: Sparsity, scene: Scene) -> Attend:
         window = spare.window
@@ -125,18 +121,33 @@ class Spared:
         return attend
 
     # ------------------------------------------------------------------------ where things are
-    def _any_visual(self, rows: Rows) -> bool:
-        return self._once(("any", id(rows)), lambda: bool(self.sequence.at("visual", rows).any()))
-
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
 
-    def _place(self, rows: Rows, host_layout: bool) -> Tensor:
+    def _alive(self, rows: Rows | None) -> Rows:
+        """The tokens alive, pads of the host's layout left out."""
+        if rows is not None:
+            return rows
+        samples, length = self.sequence.valid.shape
+
+        def make() -> Rows:
+            token = self.sequence.valid.reshape(-1).nonzero()[:, 0]
+            return Rows(token, samples, length, packed=False)
+
+        return self._once("alive", make)
+
+    def _any_visual(self, rows: Rows | None) -> bool:
+        def make() -> bool:
+            return bool(self.sequence.at("visual", self._alive(rows)).any())
+
+        return self.active and self._once(("any", id(rows)), make)
+
+    def _place(self, rows: Rows | None) -> Tensor:
         """(N,) physical index b * L + l of each token alive."""
-        if host_layout:
-            return rows.token
+        if rows is None:
+            return self._alive(rows).token
         return torch.arange(len(rows.token), device=rows.token.device) if rows.packed else rows.slot
 
     def _raster(self) -> Raster:
@@ -149,21 +160,22 @@ class Spared:
 
         return self._once("raster", make)
 
-    def _scene(self, rows: Rows, host_layout: bool, windows: bool) -> Scene:
+    def _scene(self, rows: Rows | None, windows: bool) -> Scene:
         def make() -> Scene:
+            alive = self._alive(rows)
             return Scene(
-                place=self._place(rows, host_layout),
-                sample=rows.sample,
-                samples=rows.samples,
-                visual=self.sequence.at("visual", rows),
-                raster=self._raster().at(rows.token) if windows else None,
+                place=self._place(rows),
+                sample=alive.sample,
+                samples=alive.samples,
+                visual=self.sequence.at("visual", alive),
+                raster=self._raster().at(alive.token) if windows else None,
             )
 
         return self._once(("scene", id(rows), windows), make)
 
-    def _table(self, facts: Tensor, rows: Rows, host_layout: bool) -> Tensor:
+    def _table(self, facts: Tensor, rows: Rows | None) -> Tensor:
         """(B, S) -> (B, L) what holds of each entry a cache gets; False, or -1, at filling."""
-        if host_layout:
+        if rows is None:
             return facts
         off = False if facts.dtype == torch.bool else -1
         return torch.where(rows.filled, facts.gather(1, rows.table), off)
@@ -172,27 +184,24 @@ class Spared:
     def _masked(
         self,
         spare: Sparsity,
-        rows: Rows,
-        host_layout: bool,
+        rows: Rows | None,
         cached: PrunedLayer | None,
         mask: Callable[[], Tensor],
     ) -> Attend:
-        new = self._table(self.sequence.visual, rows, host_layout)
-        before = mask().shape[-1] - new.shape[1]
-        stored = None if cached is None else cached.visual
-        past = new.new_zeros(len(new), before) if stored is None else stored
-        shown = mask()
+        shown, new = mask(), self._table(self.sequence.visual, rows)
+        before = shown.shape[-1] - new.shape[1]
+        past = None if cached is None else cached.visual
+        if past is None:
+            past = new.new_zeros(len(new), before)
         if spare.window is not None and self._any_visual(rows):
-            shown = self._window(shown, spare.window, rows, host_layout, before)
+            shown = self._window(shown, spare.window, rows, before)
         masked = Masked(shown, new, torch.cat([past, new], 1))
         return functools.partial(_attend_masked, masked, spare)
 
-    def _window(
-        self, mask: Tensor, window: int, rows: Rows, host_layout: bool, before: int
-    ) -> Tensor:
+    def _window(self, mask: Tensor, window: int, rows: Rows | None, before: int) -> Tensor:
         """Puts the images' windows into a mask; what is cached belongs to earlier images."""
         grids = self._raster()
-        tables = [self._table(t, rows, host_layout) for t in (grids.image, grids.row, grids.column)]
+        tables = [self._table(t, rows) for t in (grids.image, grids.row, grids.column)]
         query = Raster(*tables)
         key = Raster(*(F.pad(t, (before, 0), value=-1) for t in tables))
         inside = same_image(query, key)[:, None]

@@ -73,8 +73,8 @@ class Yopo(Method):
         needs=("grid",),
         notes="keep sets the cut layer (keep = cut / depth), since all visual tokens are alive "
         "before it; what window, heads and narrow feed-forward spare there comes on top and is in "
-        "FLOPs, not in keep. In the mode zero_after_softmax visual tokens stay alive in all layers "
-        "and nothing but the feed-forward gets cheaper.",
+        "FLOPs, not in keep. In the mode zero_after_softmax visual tokens stay alive in all "
+        "layers: window and feed-forward get cheaper, heads and the cut do not.",
     )
     places = ("layers", "compute")
 
@@ -91,23 +91,27 @@ class Yopo(Method):
         self._warned = False
 
     # ------------------------------------------------------------------------ where
-    @property
-    def cut(self) -> int:
-        """First layer where nobody attends to visual tokens.
+    def share(self, keep: float | None) -> None:
+        """Sets the target average.
 
         Raises:
             ValueError: `keep` is less than one layer of visual tokens.
         """
+        if self.options.cut is None and keep is not None and keep * self.depth < 0.5:
+            raise ValueError(
+                f"prune.keep: {keep} is less than one layer of visual tokens; the lowest "
+                f"reachable value of this method on {self.depth} layers is {1 / self.depth:.3f}"
+            )
+        super().share(keep)
+
+    @property
+    def cut(self) -> int:
+        """First layer where nobody attends to visual tokens."""
         if self.options.cut is not None:
             return self.options.cut
         if self.keep is None:
             return max(self.depth // 2, 1)
-        if self.keep * self.depth < 0.5:
-            raise ValueError(
-                f"prune.keep: {self.keep} is less than one layer of visual tokens; the lowest "
-                f"reachable value of this method on {self.depth} layers is {1 / self.depth:.3f}"
-            )
-        return round(self.keep * self.depth)
+        return max(round(self.keep * self.depth), 1)
 
     @property
     def idle(self) -> bool:
