@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itprune.bench import bench_infer, bench_train
-from itprune.bench.counting import SavedBytes, count_flops
-from itprune.bench.shapes import SHAPES, find_shape
+from itprune.bench import bench_infer, bench_methods, bench_train
+from itprune.bench.counting import SavedBytes, count_flops, timed_choices
+from itprune.bench.methods import MethodsBench, untrained
+from itprune.bench.shapes import SHAPES, build_model, find_shape
 from itprune.bench.train import Measured, _Bench
-from itprune.bench.variants import train_variants
+from itprune.bench.variants import Variant, train_variants
 from itprune.cli import bench as command
+from itprune.config import PruneConfig
 
 TRAIN = (
     "dense",
@@ -113,6 +115,61 @@ def test_infer_stores_what_the_report_says() -> None:
             assert row["kv_mb"] == row["kv_filled_mb"]
 
 
+def test_methods_that_need_no_training_are_measured_beside_the_controls() -> None:
+    names = untrained()
+    assert not {"setok", "dyvte", "quecc", "vistog"} & set(names)
+    record = bench_methods("tiny", batch=2, repeats=1)
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert list(rows)[:3] == ["dense", "random", "downsample"]
+    assert set(rows) == set(names)
+    for name, row in rows.items():
+        assert all(math.isfinite(n) for n in numbers(row))
+        assert (row["selection_s"] > 0) == (name != "dense")
+        assert row["of_flop_bound"] == pytest.approx(row["speedup"] / row["flop_speedup"])
+        if name != "dense":
+            assert row["flop_speedup"] > 1
+    assert rows["dense"]["speedup"] == rows["dense"]["flop_speedup"] == 1
+
+
+def test_methods_say_where_the_budget_is_not_the_one_asked_for() -> None:
+    record = bench_methods("tiny", batch=2, repeats=1, keep=0.22, names="fastv,topk_cls,prumerge")
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert set(rows) == {"dense", "random", "downsample", "fastv", "topk_cls", "prumerge"}
+    assert (rows["fastv"]["keep"], rows["topk_cls"]["keep"]) == (None, 0.22)
+    assert rows["fastv"]["note"] == "published setting, 0.22 is out of reach"
+    assert rows["fastv"]["visual_layer_average"] == pytest.approx((1 + 3 * 0.5) / 4, abs=0.01)
+    assert rows["topk_cls"]["visual_layer_average"] == pytest.approx(0.22, abs=0.01)
+    assert rows["prumerge"]["note"] == "calibrated"
+
+
+def test_methods_take_options_and_are_printed(tmp_path, capsys) -> None:
+    path = tmp_path / "methods.json"
+    shown = "fastv:fraction=0.5"
+    args = ("--shape", "tiny", "--batch", "2", "--repeats", "1", "--keep", "0.5")
+    assert run("methods", *args, "--methods", f"{shown},p_sigmoid", "--json", str(path)) == 0
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["p_sigmoid"]["note"] == "not searched"
+    printed = capsys.readouterr().out
+    assert f"| {shown} " in printed
+    assert "of the prefill" in printed
+
+
+def test_the_look_ahead_pass_belongs_to_the_choice() -> None:
+    """PyramidDrop's scores need a projection of their own, after every stage."""
+    bench = MethodsBench(build_model(SHAPES["tiny"], False), SHAPES["tiny"], 2, 1, keep=0.5)
+    config = PruneConfig(method="pyramiddrop", keep=0.7)
+    ticks = iter(range(1000))
+    bench.clock.now = lambda: float(next(ticks))
+    with Variant("p", config).on(bench.model) as attached:
+        with torch.no_grad(), timed_choices(attached, bench.clock) as choice:
+            bench.prefill()
+        stages = len(attached.method.layers())
+        assert choice.seconds == 2 * stages  # one tick for each q and k, one for each choice
+        with torch.no_grad():
+            bench.prefill()
+        assert choice.seconds == 2 * stages
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_attention_on_a_cpu_is_counted(mask: bool) -> None:
     query, key, value = (torch.randn(2, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
@@ -142,6 +199,10 @@ def test_impossible_orders_are_one_sentence(tmp_path) -> None:
         bench_train("tniy")
     with pytest.raises(ValueError, match="--repeats: must be at least 1"):
         run("train", "--repeats", "0")
+    with pytest.raises(ValueError, match="--methods: belongs to"):
+        run("infer", "--methods", "random")
+    with pytest.raises(ValueError, match="unknown method 'fastvv'"):
+        bench_methods("tiny", names="fastvv")
     with pytest.raises(ValueError, match="there is no folder"):
         run("train", "--json", str(tmp_path / "none" / "bench.json"))
 

@@ -1,12 +1,14 @@
 """Bench: what pruning is worth on this machine, in one run with its own control.
 
 `shapes` makes random models and inputs, `variants` says what is compared, `timing` and `counting`
-measure, `train` and `infer` put them together, `table` prints. Everything is compared with the bare
-model of the same run, and with what the FLOPs of that run promise.
+measure, `turns` sets the order, `train`, `infer` and `methods` put them together, `table` prints.
+Everything is compared with the bare model of the same run, and with what the FLOPs of that run
+promise.
 """
 
 from itprune.bench.infer import bench_infer
+from itprune.bench.methods import bench_methods
 from itprune.bench.shapes import SHAPES
 from itprune.bench.train import bench_train
 
-__all__ = ["SHAPES", "bench_infer", "bench_train"]
+__all__ = ["SHAPES", "bench_infer", "bench_methods", "bench_train"]

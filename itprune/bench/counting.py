@@ -99,16 +99,18 @@ class ChoiceTimer:
 
 @contextmanager
 def timed_choices(attached: Attached | None, clock: Clock) -> Iterator[ChoiceTimer]:
-    """Times `before_llm` and `after_layer` of an attached method while the block runs."""
+    """Times `before_llm` and `after_layer` of an attached method while the block runs, and the q
+    and k the engine computes for nothing but its scores (`Method.look_ahead`)."""
     timer = ChoiceTimer(clock)
     if attached is None:
         yield timer
         return
-    method = attached.method
-    first, later = method.before_llm, method.after_layer
+    method, engine = attached.method, attached._engine
+    first, later, ahead = method.before_llm, method.after_layer, engine.query_key
     method.before_llm = timer.wrap(first)  # type: ignore[method-assign]
     method.after_layer = timer.wrap(later)  # type: ignore[method-assign]
+    engine.query_key = timer.wrap(ahead)  # type: ignore[method-assign]
     try:
         yield timer
     finally:
-        del method.before_llm, method.after_layer
+        del method.before_llm, method.after_layer, engine.query_key

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 from itprune.bench.counting import count_flops
 from itprune.bench.record import MB, Progress, header, tokens_of
 from itprune.bench.shapes import Shape, build_model, find_shape, make_batch
-from itprune.bench.timing import Clock, interleave, median, use_threads
+from itprune.bench.timing import Clock, median, use_threads
+from itprune.bench.turns import take_turns
 from itprune.bench.variants import Variant, infer_variants
 from itprune.engine.cache import PrunedLayer
 from itprune.report import Report
@@ -38,7 +39,7 @@ class Measured:
     decode: list[float] = field(default_factory=list)
 
 
-class _Bench:
+class InferBench:
     """Model and prompt shared by the variants."""
 
     def __init__(self, model: Any, shape: Shape, batch: int, threads: int, new: int) -> None:
@@ -133,24 +134,19 @@ def bench_infer(
     with use_threads(threads):
         model = build_model(size, training=False)
         for batch in batches:
-            bench = _Bench(model, size, batch, threads, new_tokens)
+            bench = InferBench(model, size, batch, threads, new_tokens)
             rows += _measure(bench, keep, repeats, batch, progress)
         head = header("infer", shape, list(batches), keep, repeats, bench.clock)
     return {**head, "new_tokens": new_tokens, "rows": rows}
 
 
 def _measure(
-    bench: _Bench, keep: float, repeats: int, batch: int, progress: Progress
+    bench: InferBench, keep: float, repeats: int, batch: int, progress: Progress
 ) -> list[dict[str, Any]]:
     variants = infer_variants(bench.shape, keep)
-    measured = {variant.name: Measured() for variant in variants}
-    for variant in variants:
-        progress(f"batch {batch}: counting {variant.name}")
-        bench.count(variant, measured[variant.name])
-    for number, variant in enumerate(interleave(variants, repeats)):
-        turn = number // len(variants) + 1
-        progress(f"batch {batch}, round {turn} of {repeats}: {variant.name}")
-        bench.time(variant, measured[variant.name])
+    measured = take_turns(
+        bench, variants, Measured, repeats, lambda line: progress(f"batch {batch}, {line}")
+    )
     dense = measured[variants[0].name]
     return [_row(name, found, dense, bench.shape, batch) for name, found in measured.items()]
 

@@ -35,6 +35,20 @@ INFER: tuple[Column, ...] = (
     ("as reported", lambda r: "yes" if r["kv_as_reported"] else "NO"),
 )
 
+METHODS: tuple[Column, ...] = (
+    ("method", lambda r: r["variant"]),
+    ("kept", lambda r: f"{r['visual_layer_average']:.3f}"),
+    ("prefill s", lambda r: f"{r['prefill_s']:.3g}"),
+    ("speed-up", lambda r: f"{r['speedup']:.2f}x"),
+    ("FLOP ratio", lambda r: f"{r['flop_speedup']:.2f}x"),
+    ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
+    ("choosing ms", lambda r: f"{r['selection_s'] * 1e3:.1f}"),
+    ("of the prefill", lambda r: f"{r['selection_share']:.1%}"),
+    ("setting", lambda r: r["note"]),
+)
+
+COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS}
+
 
 def _three(row: Mapping[str, Any]) -> str:
     return " / ".join(f"{row[name]:.3g}" for name in ("forward_s", "backward_s", "optimizer_s"))
@@ -42,8 +56,7 @@ def _three(row: Mapping[str, Any]) -> str:
 
 def render(record: Mapping[str, Any]) -> str:
     """The whole record as text: what was measured, then one line for each row."""
-    columns = TRAIN if record["bench"] == "train" else INFER
-    return "\n".join([*_facts(record), "", *_table(columns, record["rows"])])
+    return "\n".join([*_facts(record), "", *_table(COLUMNS[record["bench"]], record["rows"])])
 
 
 def _facts(record: Mapping[str, Any]) -> list[str]:

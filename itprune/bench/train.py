@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from itprune.bench.counting import SavedBytes, count_flops, timed_choices
 from itprune.bench.record import MB, Progress, header, tokens_of
 from itprune.bench.shapes import Shape, build_model, find_shape, make_batch, set_train_mode
-from itprune.bench.timing import Clock, interleave, median, use_threads
+from itprune.bench.timing import Clock, median, use_threads
+from itprune.bench.turns import take_turns
 from itprune.bench.variants import Variant, train_variants
 from itprune.report import Report
 
@@ -127,14 +128,7 @@ def bench_train(
     with use_threads(threads):
         bench = _Bench(size, batch, threads)
         variants = train_variants(size, keep)
-        measured = {variant.name: Measured() for variant in variants}
-        for variant in variants:
-            progress(f"counting {variant.name}")
-            bench.count(variant, measured[variant.name])
-        for number, variant in enumerate(interleave(variants, repeats)):
-            turn = number // len(variants) + 1
-            progress(f"round {turn} of {repeats}: {variant.name}")
-            bench.time(variant, measured[variant.name])
+        measured = take_turns(bench, variants, Measured, repeats, progress)
     dense = measured[variants[0].name]
     return {
         **header("train", shape, batch, keep, repeats, bench.clock),

@@ -16,6 +16,7 @@ from itprune.attach import Attached, attach, calibrate
 from itprune.bench.shapes import Shape
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig
+from itprune.methods.scheduled import Scheduled
 
 
 @dataclass
@@ -37,9 +38,15 @@ class Variant:
             yield attached
 
     def calibrate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Meets the target average on the batch that is measured."""
+        """Meets the target average on the batch that is measured.
+
+        A schedule that would be searched is not: that takes longer than the bench, and the one that
+        stands in for it costs the same to run.
+        """
         with self.on(model) as attached:
-            if attached is not None and not attached.method.idle:
+            if attached is None or attached.method.idle or not attached.method.calibrates:
+                return
+            if not isinstance(attached.method, Scheduled):
                 self.calibration = calibrate(attached, [batch])
 
 

@@ -17,7 +17,11 @@ def add_parser(subparsers: Any) -> None:
         description="Runs dense and pruned variants of a model with random weights in turns and "
         "prints time, speed-up, counted FLOPs and memory.",
     )
-    parser.add_argument("what", choices=("train", "infer"), help="a training step, or inference")
+    parser.add_argument(
+        "what",
+        choices=("train", "infer", "methods"),
+        help="a training step; inference; or the prefill of every method and what choosing costs",
+    )
     parser.add_argument(
         "--shape",
         default="cpu",
@@ -34,6 +38,13 @@ def add_parser(subparsers: Any) -> None:
         default=1,
         help="CPU threads; default 1, where CPU seconds are measured; more: the wall clock",
     )
+    parser.add_argument(
+        "--methods",
+        default="",
+        metavar="A,B",
+        help="bench methods: entries as `itprune compare` takes them, dense and the controls are "
+        "always there; default: all that need no training",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
     parser.set_defaults(run=run)
 
@@ -44,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an impossible shape or number.
     """
-    from itprune.bench import bench_infer, bench_train
+    from itprune.bench import bench_infer, bench_methods, bench_train
     from itprune.bench.table import render
 
     for name in ("batch", "repeats", "threads"):
@@ -53,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name}: must be at least 1, got {value}")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
+    if args.methods and args.what != "methods":
+        raise ValueError(f"--methods: belongs to `itprune bench methods`, not to {args.what}")
     common = {
         "shape": args.shape,
         "repeats": args.repeats,
@@ -62,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.what == "train":
         record = bench_train(batch=args.batch or 8, **common)
+    elif args.what == "methods":
+        record = bench_methods(batch=args.batch or 8, names=args.methods, **common)
     else:
         record = bench_infer(batches=(args.batch,) if args.batch else (1, 8), **common)
     print(render(record))
