@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from itprune.bench.counting import count_flops
+from itprune.families.base import Family, FeedForward
 from tests.models import DEPTH, IMAGE, PATCHES, ROWS, batch, prompts, tiny_llava
 from tests.yopo import CUT, OPTIONS, Plan, attached, gradients, reference
 
@@ -141,3 +142,23 @@ def test_lora_is_cut_with_its_layer_and_other_layers_fall_back() -> None:
             assert (one[name] - other[name]).abs().max() < 1e-5, name
         found.append(count_flops(lambda model=model: model(**data)))
     assert found[0] < found[1]
+
+
+@pytest.mark.parametrize("mode", ["remove", "zero_after_softmax"])
+def test_fused_projections_fall_back_and_other_blocks_are_refused(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, plan = batch(ROWS[:2]), Plan(mode)
+    model = tiny_llava()
+    with attached(model, plan):
+        expected = model(**data).logits
+    monkeypatch.setattr(
+        Family, "feed_forward", lambda self, layer: FeedForward(layer.mlp, (), "down_proj")
+    )
+    with attached(model, plan):
+        assert (model(**data).logits - expected).abs().max() < 1e-6
+    monkeypatch.setattr(Family, "feed_forward", lambda self, layer: None)
+    with attached(model, plan), pytest.raises(ValueError, match=r"^prune\.ffn_keep: the feed-f"):
+        model(**data)
+    with attached(model, Plan(mode, ffn_keep=1.0)):
+        model(**data)

@@ -2,9 +2,9 @@
 
 Text rows run through the module as it is. Visual rows run through the same module once more with
 its weights cut to the first channels, so that any activation and any adapter in it stays what it
-is, and the matrix products are really narrower. Where weights cannot be cut (quantised, sharded or
-offloaded ones, unknown adapters) all rows run at full width and the channels beyond are set to zero
-before the last projection: the same numbers at full cost.
+is, and the matrix products are really narrower. Where weights cannot be cut (quantised, sharded,
+offloaded or fused ones, unknown adapters) all rows run at full width and the channels beyond are
+set to zero before the last projection: the same numbers at full cost.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _first(channels: int, share: float) -> int:
 
 def _cut(block: FeedForward, share: float, hidden: Tensor) -> dict[str, Tensor] | None:
     """The block's parameters with the first channels only; None: some cannot be cut."""
+    if not block.first:
+        return None
     out: dict[str, Tensor] = {}
     for name in (*block.first, block.last):
         linear = block.module.get_submodule(name)

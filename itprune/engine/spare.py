@@ -39,11 +39,14 @@ class Savings:
     def __init__(self, family: Family, method: Method) -> None:
         self.family, self.method = family, method
         self.handles: list[RemovableHandle] = []
-        if "compute" not in method.places:
-            return
-        for layer in family.layers:
-            block = NarrowFeedForward(family.attention(layer), family.feed_forward(layer))
-            self.handles += block.handles
+        self.works = "compute" in method.places
+        self.narrows = self.works
+        for layer in family.layers if self.works else ():
+            block = family.feed_forward(layer)
+            if block is None:
+                self.narrows = False
+            else:
+                self.handles += NarrowFeedForward(family.attention(layer), block).handles
 
     def forward(self, sequence: Sequence, active: bool, starts: bool) -> Spared | None:
         """For one forward; None where the method spares nothing.
@@ -53,7 +56,7 @@ class Savings:
             active: there are images in it.
             starts: the mask is plainly causal and nothing is cached yet.
         """
-        return Spared(self, sequence, active, starts) if self.handles else None
+        return Spared(self, sequence, active, starts) if self.works else None
 
 
 @dataclass
@@ -72,10 +75,19 @@ class Spared:
         return spare is not None and (spare.heads is not None or spare.blind)
 
     def split(self, index: int, rows: Rows | None) -> Split | None:
-        """Which rows layer `index` runs narrower."""
+        """Which rows layer `index` runs narrower.
+
+        Raises:
+            ValueError: a model whose feed-forward blocks cannot.
+        """
         spare = self.savings.method.sparsity(index)
         if spare is None or spare.width == 1.0 or not self._any_visual(rows):
             return None
+        if not self.savings.narrows:
+            raise ValueError(
+                "prune.ffn_keep: the feed-forward blocks of this language model cannot be "
+                "narrowed; set it to 1.0"
+            )
 
         def make() -> Split:
             visual, place = self.sequence.at("visual", self._alive(rows)), self._place(rows)

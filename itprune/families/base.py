@@ -24,7 +24,7 @@ class FeedForward:
 
     module: nn.Module
     first: tuple[str, ...]
-    """Submodules that make the channels, one output each."""
+    """Submodules that make the channels, one output each; none where they do otherwise."""
     last: str
     """The submodule that takes them in."""
 
@@ -65,9 +65,14 @@ class Family(ABC):
         """A decoder layer's attention module."""
         return cast(nn.Module, layer.self_attn)
 
-    def feed_forward(self, layer: nn.Module) -> FeedForward:
-        """A decoder layer's feed-forward block: by default a gated one."""
-        return FeedForward(cast(nn.Module, layer.mlp), ("gate_proj", "up_proj"), "down_proj")
+    def feed_forward(self, layer: nn.Module) -> FeedForward | None:
+        """A decoder layer's feed-forward block; None: one without a last projection."""
+        block = cast(nn.Module, layer.mlp)
+        names = {name for name, _ in block.named_children()}
+        first = ("gate_proj", "up_proj")
+        if "down_proj" not in names:
+            return None
+        return FeedForward(block, first if names.issuperset(first) else (), "down_proj")
 
     def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
         """Where visual tokens stand on their images.
