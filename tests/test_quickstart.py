@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from itprune.trace import Trace
-from train import compare
 from train.pictures import draw_curves, stage_masks
 from train.quickstart import Run, main, row, table
 
@@ -58,18 +57,3 @@ def test_it_says_where_to_run(tmp_path: Path, monkeypatch, capsys) -> None:
         main([])
     assert ended.value.code == 2
     assert "root folder" in capsys.readouterr().err
-
-
-def test_a_comparison_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "val.json").write_text(json.dumps(VAL))
-    for seed, said in enumerate((("7", "red"), ("7", "blue"))):
-        lines = [{"id": i, "answer": a} for i, a in zip("ab", said, strict=True)]
-        (tmp_path / f"random-{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (tmp_path / f"random-{seed}").mkdir()
-        log = {"log_history": [{"step_time": 0.2}]}
-        (tmp_path / f"random-{seed}" / "trainer_state.json").write_text(json.dumps(log))
-    found = compare.summary(tmp_path, "random", [0, 1])
-    assert found["accuracy"] == 0.75
-    assert found["spread"] == pytest.approx(0.5 / 2**0.5)
-    assert "| random | 75.0 | 35.4 | 100.0 | 50.0 |" in compare.table([found])
