@@ -20,6 +20,10 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = "osD^vP"
 INK, GREY, PALE = "#222222", "#8c8c8c", "#c9c9c9"
 DASHES = {"random": ":", "downsample": "--"}
+CAPTION = (
+    "Colour: the best on average of those that reach every budget. Grey: the others, one by one "
+    "below. Black: controls. Bars and band: 95 % bootstrap intervals; line: dense."
+)
 ACROSS = 5
 """Small pictures in a row."""
 NAMED = 12
@@ -54,6 +58,7 @@ def draw_pareto(lines: Sequence[Line], out: Path) -> None:
     rows = -(-len(curves) // ACROSS)
     figure = figure_class(figsize=(15, 6.5 + 1.9 * rows), layout="constrained", facecolor="white")
     upper, lower = figure.subfigures(2, 1, height_ratios=[6.5, max(1.9 * rows, 0.1)])
+    upper.suptitle(CAPTION, fontsize=9, x=0.01, ha="left")
     panels = upper.subplots(1, 1 + timed, squeeze=False)[0]
     _panel(panels[0], curves, looks, dense, "layer_average", "visual tokens kept, layer average")
     if timed:
