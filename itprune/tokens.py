@@ -153,6 +153,8 @@ class LayerTokens:
     """(N,) bool: the last instruction token of each sample; the prompt's last in `generate`."""
     hidden: Tensor
     """(N, W) hidden states after the layer."""
+    embedded: Callable[[], Tensor]
+    """() -> (N, W) what these tokens were when they entered the LLM."""
     heads: Callable[[Tensor, bool], Tensor]
     """(rows (N,) bool, rope) -> (H, N) float32: attention these rows pay to each token, averaged
     over the rows that can see it; 0 where none can."""

@@ -77,6 +77,7 @@ class Made:
             asks=self.kind == 2,
             last=torch.zeros_like(self.kind, dtype=torch.bool).index_fill(0, ends, True),
             hidden=self.hidden,
+            embedded=lambda: self.hidden,
             heads=self.heads,
             logits=self.logits,
         )

@@ -55,6 +55,7 @@ def tokens(layer: int = 0, rows: tuple[str, ...] = ROWS, seed: int = 0) -> Layer
         asks=marks["a"] | marks["l"],
         last=marks["l"],
         hidden=torch.randn(len(text), WIDTH, generator=torch.Generator().manual_seed(seed)),
+        embedded=unused,
         heads=unused,
         logits=unused,
     )

@@ -306,6 +306,7 @@ def make_tokens(
         asks=nothing,
         last=nothing,
         hidden=torch.zeros(len(sample), 4),
+        embedded=lambda: torch.zeros(len(sample), 4),
         heads=unused,
         logits=lambda: (logits, filled),
     )

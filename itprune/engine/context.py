@@ -100,6 +100,7 @@ class Context:
     def close(self, trace: Trace | None) -> Report | None:
         """Ends the forward; the report of what was kept."""
         self.tapped.clear()
+        self.memo.pop("embedded", None)
         if self.method is None or len(self.rows_at) < self.depth:
             return None
         if trace is not None:
@@ -118,6 +119,8 @@ class Context:
     # ------------------------------------------------------------------------ decisions
     def _decide(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         rows = self.first if index == 0 else self.rows_at[index - 1]
+        if index == 0:
+            self.memo["embedded"] = hidden.detach().flatten(0, 1)
         if index == 0 and rows is not None:
             self.moves[0] = rows.token
             self.positions.number(rows, None, None, kwargs, 0)
@@ -198,6 +201,7 @@ class Context:
             asks=seq.at("asks", rows),
             last=seq.at("last", rows),
             hidden=hidden,
+            embedded=lambda: self.memo["embedded"][rows.token],
             heads=scores.heads,
             logits=scores.logits,
         )

@@ -3,7 +3,7 @@
 Greedy inference in a determinantal point process whose kernel is the tokens' cosine similarity,
 weighted on both sides by their relevance to the question. The published relevance is *minus* the
 mean cosine to the question's pieces in CLIP's joint space, stretched to 0..1 over the whole batch.
-Stock LLaVA carries neither CLIP's text tower nor its projections, so ours is the cosine to the
+Such models carry neither CLIP's text tower nor its projections, so ours is the cosine to the
 question's mean embedding in the LLM's input space, with a positive sign, stretched over each image
 (`normalise: batch` is the published habit, which lets one sample change another's choice).
 """

@@ -1,17 +1,16 @@
 """`sparsevlm`: visual tokens rated by the text that looks at them, dropped ones recycled
 (arXiv 2410.04417).
 
-- Raters: instruction tokens more similar than average to the image's tokens.
+- Raters: instruction tokens more similar than average to the image's tokens, by plain dot products
+  of what entered the LLM.
 - Score: attention the raters pay, mean over heads and raters, rotary phase included.
 - Drops after layers 2, 6 and 15 of 32, counted from 0. `count: share` keeps fixed fractions, as the
   release after the publication does; `count: rank` is the publication's own rule: as many tokens as
   the rank of the raters' attention map, times `scale`, plus `bias`.
 - Recycling: the best 30 % of what is dropped is clustered, ten to one, and goes on as means.
 
-Published: raters are found once, from the input embeddings, by plain dot products, and the means
-stand behind the visual tokens, on top of the count. Here raters are found at each drop from the
-hidden states, normalised since their norms grow with depth; the means stand where their clusters'
-centres stood and are part of the count, so that `keep` is met.
+Published: the means stand behind the visual tokens, on top of the count. Here they stand where
+their clusters' centres stood and are part of the count, so that `keep` is met.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from itprune.host import Host
@@ -77,9 +75,8 @@ class SparseVLM(Layered):
     card = Card(
         "tokens rated by the relevant words of the question, dropped ones recycled as means",
         paper="2410.04417",
-        notes="Raters come from normalised hidden states at each drop instead of the input "
-        "embeddings; recycled means take the slots of their clusters' centres within the count, "
-        "instead of slots behind the image on top of it. count: rank is dynamic and ignores keep.",
+        notes="Recycled means take the slots of their clusters' centres within the count, instead "
+        "of slots behind the image on top of it. count: rank is dynamic and ignores keep.",
     )
     positions = "contiguous"
 
@@ -159,10 +156,10 @@ def _table(mask: Tensor, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
 
 def _raters(tokens: LayerTokens) -> Tensor:
     """(N,) bool: instruction tokens more similar than average to the visual tokens."""
-    unit = F.normalize(tokens.hidden.float(), dim=-1)
+    entered = tokens.embedded().float()
     text, asked = _table(tokens.asks, tokens)
     image, seen = _table(tokens.visual, tokens)
-    similar = unit[image] @ unit[text].transpose(1, 2) * unit.shape[1] ** 0.5  # (B, V, Q)
+    similar = entered[image] @ entered[text].transpose(1, 2)  # (B, V, Q)
     similar = torch.softmax(similar.masked_fill(~asked[:, None], -torch.inf), -1)
     share = (similar * seen[:, :, None]).sum(1) / seen.sum(1).clamp(min=1)[:, None]
     mean = (share * asked).sum(1) / asked.sum(1).clamp(min=1)
