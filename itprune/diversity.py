@@ -39,9 +39,11 @@ def farthest_points(features: Tensor, lens: Tensor, count: Tensor) -> Tensor:
         synchronisation with the device.
     """
     similar, filled = _similarity(features, lens)
-    distance = (1 - similar).clamp(min=0)
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    score = distance.masked_fill(itself | ~filled[:, None], torch.inf).amin(2)
+    distance = similar.neg_().add_(1).clamp_(min=0)
+    # Neither a token itself nor a pad is a neighbour; later steps read neither.
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    distance.masked_fill_(~filled[:, None], torch.inf)
+    score = distance.amin(2)
     score = score.masked_fill(~filled, -torch.inf)
     nearest = torch.zeros_like(score).masked_fill(filled, torch.inf)
     nearest = nearest.masked_fill(~filled, -torch.inf)
@@ -121,8 +123,10 @@ def _similarity(features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
     """(n, M, M) float32 cosine similarity within each image, and (n, M) True where a token is."""
     place = torch.arange(len(features), device=features.device)
     index, filled = pad_groups(place, group_ids(lens), len(lens), 0)
-    unit = F.normalize(features.float(), dim=-1)[index]
-    return unit @ unit.transpose(1, 2), filled
+    unit = F.normalize(features.float(), dim=-1)
+    even = len(unit) == index.numel()  # no pads: the table is the tokens as they stand
+    table = unit.view(*index.shape, unit.shape[1]) if even else unit[index]
+    return table @ table.transpose(1, 2), filled
 
 
 def _steps(count: Tensor) -> int:

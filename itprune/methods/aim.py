@@ -203,9 +203,11 @@ def importance(
         and `steps` products of a vector and an L x L matrix for each head, 2 steps B H L²
         operations, and for a moment three times the memory of the logits.
     """
-    move = torch.softmax(logits.float() / temperature, -1)
-    # A pad's row is nothing but -inf: no number. It must not move anything.
-    move.masked_fill_(~filled[:, None, :, None], 0.0)
+    scaled = logits.float() / temperature
+    # A pad's row is nothing but -inf and would become no number. One finite entry mends that; what
+    # it is does not matter, since no mass ever comes to a pad.
+    scaled[..., 0].masked_fill_(~filled[:, None], 0.0)
+    move = torch.softmax(scaled, -1)
     start = filled / filled.sum(1, keepdim=True).clamp(min=1)
     start = start[:, None, None].expand(-1, logits.shape[1], 1, -1)
     mass = start
