@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from itprune import PruneConfig, attach, methods
+from itprune import PruneConfig, attach, calibrate, methods
+from itprune.calibration import Calibration
 from itprune.host import Host
 from itprune.methods import build_method
 from tests.models import batch, prompts, tiny_llava
@@ -115,3 +118,27 @@ def test_downsampling_runs_the_tower_on_a_small_picture() -> None:
             model(**data)
     kept = trace.keep.view(6, 6).nonzero().tolist()
     assert kept == [[row, column] for row in (1, 3, 5) for column in (1, 3, 5)]
+
+
+def test_a_calibration_of_another_model_is_refused() -> None:
+    model, data = tiny_llava(), prompts(batch(((5, "image", 9),)))
+    with attach(model, PruneConfig(keep=0.3)) as pruner:
+        found = calibrate(pruner, [data])
+    again = Calibration.from_dict(json.loads(json.dumps(found.to_dict())))
+    with attach(model, PruneConfig(keep=0.3), calibration=again) as pruner:
+        assert pruner.calibration == found
+    other = dataclasses.replace(found, host={**found.host, "depth": 32})
+    with pytest.raises(ValueError, match="made with another model .32 LLM layers .* here 6"):
+        attach(model, PruneConfig(keep=0.3), calibration=other)
+    attach(model, PruneConfig(keep=0.3)).detach()  # the refusal left nothing behind
+
+
+def test_a_combination_calibrates_its_parts() -> None:
+    model, data = tiny_llava(), prompts(batch(((5, "image", 9),)))
+    options = {"itprune": {"stage2": None}, "p_sigmoid": {"trials": 2}}
+    with attach(model, PruneConfig("itprune+p_sigmoid", keep=0.3, options=options)) as pruner:
+        found = calibrate(pruner, [data])
+        assert set(found.found) == {"itprune", "p_sigmoid"}
+        assert pruner.method.at("layers").calibration is not None
+        model(**data)
+        assert pruner.report.visual_layer_average < 0.5

@@ -41,3 +41,17 @@ def test_the_method_example_works() -> None:
     with torch.no_grad():
         model(**batch())
     assert sum(attached.report.visual_stage1) == sum(attached.report.visual_in) // 4
+
+
+def test_the_documented_method_works_and_is_short() -> None:
+    document = (ROOT / "docs" / "add-a-method.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", document, re.S) if "contrast" in c)
+    body = code.split("@register_method")[1]
+    assert len(body.strip().splitlines()) < 20
+    exec(compile(code, "add-a-method.md", "exec"), {})
+    model, data = tiny_llava(), batch()
+    with attach(model, PruneConfig("contrast+fastv", keep=0.25)) as attached, torch.no_grad():
+        model(**data)
+        report = attached.report
+    assert report.visual_stage1[:2] == [18, 18]
+    assert report.visual_layer_average < 0.3
