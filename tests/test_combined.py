@@ -128,7 +128,7 @@ def test_a_calibration_of_another_model_is_refused() -> None:
     with attach(model, PruneConfig(keep=0.3), calibration=again) as pruner:
         assert pruner.calibration == found
     other = dataclasses.replace(found, host={**found.host, "depth": 32})
-    with pytest.raises(ValueError, match="made with another model .32 LLM layers .* here 6"):
+    with pytest.raises(ValueError, match=r"made with another model .32 LLM layers .* here 6"):
         attach(model, PruneConfig(keep=0.3), calibration=other)
     attach(model, PruneConfig(keep=0.3)).detach()  # the refusal left nothing behind
 
