@@ -179,7 +179,8 @@ def calibrate(
         raise ValueError("calibration needs samples with images, and found none")
     with _aside(attached):
         found = attached.method.calibrate(_Trial(attached, rows))
-    found = dataclasses.replace(found, host=attached.method.host.to_dict())
+    samples = found.samples or sum(len(batch["input_ids"]) for batch in rows)
+    found = dataclasses.replace(found, samples=samples, host=attached.method.host.to_dict())
     attached.calibration = found
     return found
 

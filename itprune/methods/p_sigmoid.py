@@ -78,4 +78,5 @@ class PSigmoid(Scheduled):
         usual, options = default_slope(self.depth), self.options
         low, high = (usual * edge for edge in SLOPES)
         slope = maximise(score, low, high, options.trials, options.seed, first=(usual,), log=True)
-        return Calibration(found={"slope": slope, "keep": self.keep})
+        found = {"slope": slope, "keep": self.keep, "schedule": list(self._at(slope))}
+        return Calibration(found=found)
