@@ -21,7 +21,7 @@ def is_trained(method: Method) -> bool:
 
 
 def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -> Method:
-    """Puts a method with weights into the model, where its embeddings are.
+    """Puts a method with weights into the model, on the device and of the type of its embeddings.
 
     Args:
         model: the model as the user holds it, PEFT-wrapped or not.
@@ -36,7 +36,8 @@ def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -
 
     if not is_trained(method):
         return method
-    method.to(inner.get_input_embeddings().weight.device)
+    embeddings = inner.get_input_embeddings().weight
+    method.to(embeddings.device, embeddings.dtype)
     method.train(model.training)
     if not isinstance(model, PeftModel):
         inner.add_module(NAME, method)

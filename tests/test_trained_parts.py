@@ -78,3 +78,10 @@ def test_an_attach_that_fails_leaves_nothing_behind() -> None:
         assert "pruner" not in dict(model.named_children())
     else:
         raise AssertionError("eager attention is not supported")
+
+
+def test_trained_parts_have_the_models_type() -> None:
+    model, data = tiny_llava().bfloat16(), batch()
+    with attach(model, CONFIG) as pruner:
+        assert pruner.method.scale.weight.dtype == torch.bfloat16
+        assert model(**{**data, "pixel_values": data["pixel_values"].bfloat16()}).loss.isfinite()
