@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from itprune.attach import Attached, attach, base_model
@@ -94,15 +94,25 @@ class PrunerRecord:
 
 
 def save_pruner(
-    folder: str | Path, attached: Attached, recipe: Mapping[str, Any] | None = None
+    folder: str | Path,
+    attached: Attached,
+    recipe: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes what the pruner needs beside weights that somebody else (a Trainer) has saved."""
+    """Writes what the pruner needs beside weights that somebody else (a Trainer) has saved.
+
+    Args:
+        folder: where they are.
+        attached: the pruner.
+        recipe: the run behind it.
+        weights: the method's state dict, gathered, where several processes share it.
+    """
     folder = Path(folder)
     record = PrunerRecord(attached.config, attached.prompt, attached.calibration, recipe)
     record.write(folder)
-    weights = {k: v.contiguous() for k, v in attached.method.state_dict().items()}
+    weights = attached.method.state_dict() if weights is None else weights
     if weights:
-        save_file(weights, folder / PRUNER_WEIGHTS)
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / PRUNER_WEIGHTS)
 
 
 def save_pretrained(

@@ -18,8 +18,8 @@ import yaml
 
 from itprune.config import PruneConfig
 from itprune.methods import build_method
-from itprune.methods.combined import SEPARATOR
 from itprune.methods.base import Host
+from itprune.methods.combined import SEPARATOR
 from itprune.options import from_mapping, nearest, to_plain
 from train.arguments import check_trainer
 from train.sections import DataSection, LoraSection, ModelSection

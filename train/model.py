@@ -2,25 +2,27 @@
 
 Safetensors only, no code from a checkpoint is ever run. A model has three parts, found by structure
 and not by family: `vision` (the encoder), `language` (decoder and head) and `projector` (what lies
-between).
+between). A method with trained parts adds a fourth, `pruner`, when it is attached.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train.config import Recipe
-from train.sections import LoraSection
+from train.sections import PARTS, LoraSection
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "image_newline")
 HEADS = ("lm_head",)
+PRUNER = "pruner"
+"""Name of the attached method inside the model, and of its part."""
 
 
 def load_processor(path: str) -> Any:
@@ -58,18 +60,43 @@ def load_model(recipe: Recipe, bf16: bool) -> Any:
     model = _load(section.path, dtype, section.attn_implementation)
     model.config.use_cache = False
     if recipe.lora is not None:
+        # Under ZeRO-3 loading draws random numbers; adapters must start the same without it.
+        set_seed(recipe.trainer.get("seed", 42))
         model = add_lora(model, recipe.lora)
     else:
-        trained = ("projector",) if recipe.mode == "projector" else _rest(section.freeze)
+        trained = _trained_parts(recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(model, name) in trained)
-    if section.dtype == "auto" and not is_deepspeed_zero3_enabled():  # it keeps float32 copies
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    widen_trained(model, section.dtype)
+    return model
+
+
+def load_whole(model: Any, folder: str) -> None:
+    """Fills a model with the weights of a checkpoint of itself, whatever names its file uses.
+
+    What no file of weights holds, the pruner, stays as it is.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    # float32 holds bfloat16 exactly, so frozen and trained weights come back as they were.
+    saved = _load(folder, torch.float32, None).state_dict()
+    model.load_state_dict(saved, strict=False)
+
+
+def widen_trained(module: nn.Module, dtype: str) -> None:
+    """Makes what trains float32 where `model.dtype` is auto; ZeRO-3 keeps float32 copies itself."""
+    if dtype != "auto" or is_deepspeed_zero3_enabled():
+        return
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def check_trains(model: nn.Module) -> None:
+    """Raises ValueError when nothing would train."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model.freeze: every part is frozen, nothing would train")
-    return model
 
 
 def add_lora(model: Any, section: LoraSection) -> Any:
@@ -103,6 +130,8 @@ def projector_names(model: nn.Module) -> list[str]:
 def part_of(model: Any, name: str) -> str:
     """The part a parameter of an unwrapped model belongs to."""
     path = name.split(".")
+    if path[0] == PRUNER:
+        return PRUNER
     if any(piece in PROJECTORS for piece in path):
         return "projector"
     if path[0] in HEADS or name.startswith(_name_of(model, model.get_decoder()) + "."):
@@ -150,8 +179,11 @@ def _load(path: str, dtype: torch.dtype, attention: str | None) -> Any:
     return model
 
 
-def _rest(frozen: Iterable[str]) -> tuple[str, ...]:
-    return tuple(part for part in ("vision", "projector", "language") if part not in frozen)
+def _trained_parts(recipe: Recipe) -> tuple[str, ...]:
+    """Of the model itself; what a method brings trains unless it is frozen by name."""
+    if recipe.mode != "full":
+        return ("projector",) if recipe.mode == "projector" else ()
+    return tuple(part for part in PARTS if part not in recipe.model.freeze)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

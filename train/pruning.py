@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from itprune import PromptFormat, attach, calibrate
-from itprune.checkpoint import PrunerRecord, save_pruner
+from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
+from itprune.methods.dyvte import Dyvte
 from train.config import RECIPE_NAME, Recipe
 from train.data.collate import BAD, Collator
 from train.data.dataset import SampleDataset
+from train.model import PRUNER, widen_trained
 
 CALIBRATION_SAMPLES = 256
 CALIBRATION_BATCH = 4
@@ -26,51 +29,133 @@ def attach_pruner(
 ) -> Any | None:
     """Attaches the pruner of the `prune` section; None for a dense run.
 
+    The trained parts of a method start from the checkpoint, else from the base model's folder where
+    that holds parts of the same method: a second stage of training goes on from the first.
+
     Args:
         model: after PEFT has wrapped it.
         recipe: the run.
         processor: tells the pruner the template's tokens.
-        checkpoint: a run that goes on takes its calibration from here.
+        checkpoint: a run that goes on takes its calibration and its trained parts from here.
+
+    Raises:
+        ValueError: those parts are of another shape.
     """
     if recipe.prune is None:
         return None
     calibration = PrunerRecord.read(checkpoint).calibration if checkpoint is not None else None
     prompt = PromptFormat.from_processor(processor)
-    return attach(model, recipe.prune, prompt=prompt, calibration=calibration)
+    attached = attach(model, recipe.prune, prompt=prompt, calibration=calibration)
+    load_parts(attached.method, checkpoint or _parts_folder(recipe))
+    if recipe.mode == "router" or PRUNER in recipe.model.freeze:
+        attached.method.requires_grad_(False)
+    for part in routed(attached.method):  # no language loss reaches a router
+        part.routers.requires_grad_(recipe.mode == "router")
+    widen_trained(attached.method, recipe.model.dtype)
+    return attached
+
+
+def load_parts(method: nn.Module, folder: Path | None) -> None:
+    """Fills a method's trained parts from a folder; nothing happens where it holds none.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    path = folder / PRUNER_WEIGHTS if folder is not None else None
+    if path is None or not path.is_file():
+        return
+    try:
+        method.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split(":", 1)[-1].split())
+        raise ValueError(f"{path}: does not fit the options in `prune` ({reason})") from None
+
+
+def _parts_folder(recipe: Recipe) -> Path | None:
+    """The base model's folder, if it was trained with the same method."""
+    folder = Path(recipe.model.path)
+    if recipe.prune is None or not (folder / PRUNER_FILE).is_file():
+        return None
+    same = PrunerRecord.read(folder).config.method == recipe.prune.method
+    return folder if same else None
+
+
+def trained_method(attached: Any | None) -> nn.Module | None:
+    """What is attached, if it has weights of its own."""
+    if attached is None or next(attached.method.parameters(), None) is None:
+        return None
+    method: nn.Module = attached.method
+    return method
+
+
+def routed(method: nn.Module) -> list[Dyvte]:
+    """The parts of a method that have routers: one at most, mode router has checked for one."""
+    return [part for part in method.modules() if isinstance(part, Dyvte)]
 
 
 def needs_calibration(attached: Any | None) -> bool:
     """Whether the rule's counts have yet to be fitted to the target."""
     if attached is None or attached.calibration is not None:
         return False
-    return attached.config.keep_at(1.0) != 1.0 and bool(attached.method.calibration_stages())
+    return attached.config.keep_at(1.0) != 1.0 and bool(attached.method.calibrates)
 
 
 class CalibrateCallback(TrainerCallback):  # type: ignore[misc]
-    """Calibrates once the model is on its device, before the first step.
+    """Calibrates once the model is on its device: before the first step, or after the last one.
 
     Every rank reads the same samples, so every rank comes to the same numbers.
+
+    Args:
+        attached: the pruner.
+        batches: makes the samples' batches.
+        late: after the last step, where what training makes is to be calibrated.
     """
 
-    def __init__(self, attached: Any, batches: Callable[[], Iterable[Any]]) -> None:
+    def __init__(
+        self, attached: Any, batches: Callable[[], Iterable[Any]], late: bool = False
+    ) -> None:
         self.attached = attached
         self.batches = batches
+        self.late = late
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.late:
+            self._calibrate(args, state)
+            self.attached.set_progress(0.0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.late:
+            self._calibrate(args, state)
+
+    def _calibrate(self, args: Any, state: Any) -> None:
         self.attached.set_progress(1.0)
         kind = args.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=args.bf16):
             done = calibrate(self.attached, self.batches(), limit=CALIBRATION_SAMPLES)
         if state.is_world_process_zero:
             print(f"calibrated on {done.samples} samples for keep = {self.attached.keep}")
-        self.attached.set_progress(0.0)
 
 
-def save_beside(folder: Path, processor: Any, attached: Any | None, recipe: Recipe) -> None:
-    """Writes pruner, processor and recipe beside the weights."""
+def save_beside(
+    folder: Path,
+    parts: Mapping[str, Tensor] | None,
+    *,
+    processor: Any,
+    attached: Any | None,
+    recipe: Recipe,
+) -> None:
+    """Writes pruner, processor and recipe beside the weights.
+
+    Args:
+        folder: where the weights are.
+        parts: the method's gathered weights where it is sharded; None: it holds them itself.
+        processor: saved with them.
+        attached: the pruner, if there is one.
+        recipe: the run.
+    """
     processor.save_pretrained(folder)
     if attached is not None:
-        save_pruner(folder, attached, recipe.to_dict())
+        save_pruner(folder, attached, recipe.to_dict(), parts)
     write_recipe(folder, recipe)
 
 

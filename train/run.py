@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,16 +18,26 @@ from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
 from train.meter import Meter
-from train.model import load_model, load_processor, trains_images
+from train.model import (
+    base_of,
+    check_trains,
+    load_model,
+    load_processor,
+    part_of,
+    trains_images,
+)
 from train.pruning import (
     CalibrateCallback,
     attach_pruner,
     calibration_batches,
     needs_calibration,
+    routed,
     save_beside,
+    trained_method,
     write_recipe,
 )
 from train.resume import find_checkpoint
+from train.router import RouterTrainer
 from train.trainer import PruneTrainer, StepCallback
 
 
@@ -58,23 +69,30 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     pad = tokenizer.pad_token_id
     collator = Collator(tokenizer.eos_token_id if pad is None else pad)
 
-    set_seed(args.seed)  # adapters start from random numbers, which must be the same everywhere
     model = load_model(recipe, bf16=args.bf16)
-    if trains_images(model) or is_deepspeed_zero3_enabled():
+    set_seed(args.seed)  # a method's own parts, too, start from the same numbers everywhere
+    attached = attach_pruner(model, recipe, processor, checkpoint)
+    check_trains(model)
+    routing = recipe.mode == "router"
+    if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled():
         # In training on several ranks the pruner does the same by itself.
         BlankImage(model, processor, training=recipe.prune is None or args.world_size == 1)
-    attached = attach_pruner(model, recipe, processor, checkpoint)
-    meter = Meter(attached, processor.image_token_id)
+    meter = Meter(None if routing else attached, processor.image_token_id)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
     if needs_calibration(attached):
         workers = args.dataloader_num_workers
         batches = partial(calibration_batches, train_data, collator, workers)
-        callbacks.insert(0, CalibrateCallback(attached, batches))
+        callbacks.insert(0, CalibrateCallback(attached, batches, late=routing))
     writes = args.process_index == 0
     bad = BadSamples(
         recipe.output / "bad_samples.jsonl", train_data.allowed, len(train_data), writes
     )
-    trainer = PruneTrainer(
+    beside = partial(save_beside, processor=processor, attached=attached, recipe=recipe)
+    method = trained_method(attached)
+    make: Callable[..., PruneTrainer] = PruneTrainer
+    if method is not None and routing:
+        make = partial(RouterTrainer, routers=routed(method)[0])
+    trainer = make(
         model=model,
         args=args,
         train_dataset=train_data,
@@ -83,7 +101,8 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
         callbacks=callbacks,
         meter=meter,
         bad=bad,
-        save_beside=lambda folder: save_beside(folder, processor, attached, recipe),
+        save_beside=beside,
+        method=method,
     )
     bad.restore() if checkpoint is not None else bad.forget()
     if writes:
@@ -102,11 +121,14 @@ def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> 
     parameters = list(trainer.model.parameters())
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    share = f"{trained:,} of {total:,} weights" if total else "sharded weights"
+    whole = total and not is_deepspeed_zero3_enabled()
+    share = f"{trained:,} of {total:,} weights" if whole else "sharded weights"
+    base = base_of(trainer.model)
+    parts = {part_of(base, name) for name, p in base.named_parameters() if p.requires_grad}
     plugin = trainer.accelerator.state.deepspeed_plugin
     keep = "dense" if recipe.prune is None else f"keep {recipe.prune.to_dict()['keep']}"
     return (
-        f"{recipe.mode}, {keep}: training {share}, "
+        f"{recipe.mode}, {keep}: training {share} ({', '.join(sorted(parts))}), "
         f"{trainer.args.world_size} process(es) on {trainer.args.device.type}"
         + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
         + (f", going on from {checkpoint}" if checkpoint is not None else "")

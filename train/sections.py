@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from itprune.options import check_choice, check_fraction
 
-MODES = ("lora", "full", "projector")
-PARTS = ("vision", "projector", "language")
+MODES = ("lora", "full", "projector", "router")
+PARTS = ("vision", "projector", "language", "pruner")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("auto", "llava", "messages", "dataset")
 
@@ -24,14 +24,17 @@ class ModelSection:
     """Folder or hub name of the base model, with safetensors weights."""
     mode: str | None = None
     """lora: adapters on the language model (default when there is a `lora` section); full: every
-    weight that is not frozen (default otherwise); projector: only the projector (pretraining)."""
+    weight that is not frozen (default otherwise); projector: only the projector (pretraining);
+    router: only the exit routers of the method `dyvte`. The first three train a method's own parts,
+    too."""
     dtype: str = "auto"
     """Type of the loaded weights. auto: bfloat16 for frozen weights when `trainer.bf16` is on,
     float32 otherwise; weights that train are float32 unless the type is named here."""
     attn_implementation: str | None = None
     """transformers' attention: sdpa, eager, flash_attention_2, ...; null: its own choice."""
     freeze: tuple[str, ...] = ("vision",)
-    """Parts that mode `full` leaves as they are: vision, projector, language."""
+    """Parts that mode `full` leaves as they are: vision, projector, language. `pruner`, the trained
+    parts of the method, can be frozen in every mode."""
 
     def __post_init__(self) -> None:
         if self.mode is not None:

@@ -106,8 +106,17 @@ def test_accumulation_gives_the_same_curve_with_uneven_answers(train: Any, prune
 
 
 @pytest.mark.parametrize("prune", [(), ("prune.keep=0.4",)], ids=["dense", "pruned"])
-def test_a_resumed_run_has_the_same_curve(train: Any, prune: Any) -> None:
-    options = (*prune, "lora.dropout=0.2", "trainer.max_steps=9", "trainer.save_strategy=steps",
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("lora.dropout=0.2",),
+        ("model.mode=full", "lora=null"),
+        ("model.mode=projector", "lora=null", "trainer.bf16=true"),
+    ],
+    ids=["lora", "full", "projector"],
+)
+def test_a_resumed_run_has_the_same_curve(train: Any, mode: Any, prune: Any) -> None:
+    options = (*prune, *mode, "trainer.max_steps=9", "trainer.save_strategy=steps",
                "trainer.save_steps=4")  # fmt: skip
     whole = train(*options, name="whole")
     expected = losses(whole)
