@@ -46,12 +46,12 @@ def attach_pruner(
     calibration = PrunerRecord.read(checkpoint).calibration if checkpoint is not None else None
     prompt = PromptFormat.from_processor(processor)
     attached = attach(model, recipe.prune, prompt=prompt, calibration=calibration)
-    load_parts(attached.method, checkpoint or _parts_folder(recipe))
     if recipe.mode == "router" or PRUNER in recipe.model.freeze:
         attached.method.requires_grad_(False)
     for part in routed(attached.method):  # no language loss reaches a router
         part.routers.requires_grad_(recipe.mode == "router")
-    widen_trained(attached.method, recipe.model.dtype)
+    widen_trained(attached.method, recipe.model.dtype)  # before loading, which would round
+    load_parts(attached.method, checkpoint or _parts_folder(recipe))
     return attached
 
 

@@ -101,11 +101,12 @@ def test_the_other_modes_train_it_too_unless_it_is_frozen(
     assert not moved(parts(output), loaded.attached.method.state_dict())
 
 
-@pytest.mark.parametrize("mode", ["lora", "projector", "frozen", "routers"])
+@pytest.mark.parametrize("mode", ["lora", "projector", "bf16", "frozen", "routers"])
 def test_a_resumed_run_has_the_same_curve(train: Any, mode: str) -> None:
     options = ("trainer.max_steps=8", "trainer.save_strategy=steps", "trainer.save_steps=4")
     more = {
         "projector": ("model.mode=projector", "lora=null"),
+        "bf16": ("trainer.bf16=true",),
         "frozen": ("model.freeze=[pruner]",),
         "routers": ("prune={method: dyvte, keep: null, hidden: 8}",),
     }
