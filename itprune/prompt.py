@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
+def _suffix(tokenizer: Any, text: str, start: str) -> tuple[int, ...]:
+    """Tokens at the end of `text` that spell what it has beyond `start`, spaces aside.
+
+    They are cut out of the whole text's tokens: behind a space a word may have other ones than
+    alone.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    wanted = text[len(start) :].strip()
+    for first in range(len(ids), -1, -1):
+        if tokenizer.decode(ids[first:]).strip() == wanted:
+            return tuple(ids[first:])
+    return ()
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """Token ids of a chat template."""
@@ -33,14 +47,15 @@ class PromptFormat:
         special = set(tokenizer.all_special_ids)
         if not processor.chat_template:
             return cls(tuple(sorted(special)))
-        probe = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-        render = processor.apply_chat_template
-        asked = render(probe, tokenize=False, add_generation_prompt=False)
-        prompted = render(probe, tokenize=False, add_generation_prompt=True)
-        encode = tokenizer.encode
-        template = encode(prompted, add_special_tokens=False)
-        prefix = encode(prompted[len(asked) :].strip(), add_special_tokens=False)
-        return cls(tuple(sorted(special | set(template))), tuple(prefix))
+
+        def render(text: str, answer: bool) -> str:
+            turn = {"role": "user", "content": [{"type": "text", "text": text}]}
+            how = {"tokenize": False, "add_generation_prompt": answer}
+            return str(processor.apply_chat_template([turn], **how))
+
+        template = tokenizer.encode(render("", True), add_special_tokens=False)
+        prefix = _suffix(tokenizer, render("word", True), render("word", False))
+        return cls(tuple(sorted({*special, *template, *prefix})), prefix)
 
     def protected(self, ids: Tensor) -> Tensor:
         """(B, S) ids -> (B, S) bool: special and template tokens."""

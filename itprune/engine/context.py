@@ -141,10 +141,11 @@ class Context:
             self._look_ahead(index, before, hidden, kwargs)
         if index - 1 not in self.tapped:
             return before
-        flat = self._flat(index, hidden)
+        # Detached first: a recomputed layer does not come by here, and must save as many tensors.
+        flat = self._flat(index, hidden.detach())
         if before is None:
             flat = flat[alive.token]
-        answer = self.method(self._layer_tokens(index - 1, alive, before is None, flat.detach()))
+        answer = self.method(self._layer_tokens(index - 1, alive, before is None, flat))
         keep = answer.keep | self.sequence.at("protected", alive)
         if bool(keep.all()) and answer.merge is None:
             return before

@@ -108,12 +108,13 @@ class Request:
 
     def _first_answer(self, ids: Tensor, prompt: PromptFormat, last: Tensor) -> Tensor:
         """(B,) where the first assistant turn begins: by template, by labels, or the end."""
-        end = torch.minimum(prompt.first_answer(ids), last + 1)
-        if self.targets is None or prompt.assistant_prefix:
+        answer = prompt.first_answer(ids)
+        end = torch.minimum(answer, last + 1)
+        if self.targets is None:
             return end
         predicts = self.targets != IGNORE
         first = torch.where(predicts.any(1), predicts.int().argmax(1) + 1, last + 1)
-        return torch.minimum(end, first)
+        return torch.where(answer < ids.shape[1], end, torch.minimum(end, first))
 
 
 def _asks(visual: Tensor, instruction: Tensor, end: Tensor) -> Tensor:
