@@ -29,7 +29,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="average fraction of visual tokens kept instead of the checkpoint's; 1.0: dense",
     )
     parser.add_argument(
-        "--method", metavar="NAME", help="choose tokens by this method, or several: a+b (see `itprune methods`)"
+        "--method",
+        metavar="NAME",
+        help="choose tokens by this method, or several: a+b (see `itprune methods`)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 …; default: a GPU where there is one")
     parser.add_argument(
@@ -77,7 +79,8 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    from itprune.methods import SEPARATOR, methods
+    from itprune.methods import methods
+    from itprune.methods.combined import SEPARATOR
     from itprune.options import check_choice, check_fraction
 
     check_fraction("--keep", args.keep)
