@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from itprune import PruneConfig, attach
 from itprune.config import Schedule
-from itprune.methods import build_method, methods, register_method
+from itprune.methods import methods, register_method
 from itprune.methods.base import Method
 from itprune.methods.budget import split_keep
-from itprune.tokens import Images
-from tests.models import tiny_llava
+from tests.models import batch, tiny_llava
 
 
 def test_round_trip() -> None:
@@ -102,7 +100,9 @@ def test_methods_register_from_outside_and_refuse_bad_names() -> None:
         register_method("No-Good")(Method)
     with pytest.raises(ValueError, match="already taken"):
         register_method("itprune")(Method)
-    method = build_method("uniform", {}, 4)  # no target was set
-    images = Images(torch.ones(3, 2), torch.tensor([3]), torch.tensor([0]), torch.ones)
-    with pytest.raises(ValueError, match="needs a fraction"):
-        method.before_llm(images)
+    model = tiny_llava()
+    with (
+        attach(model, PruneConfig("uniform", keep=None)),  # it has no rule of its own
+        pytest.raises(ValueError, match="needs a fraction"),
+    ):
+        model(**batch())

@@ -14,10 +14,10 @@ import torch
 from itprune import PromptFormat, PruneConfig, attach, calibrate
 from itprune.calibration import Calibration
 from itprune.host import Host
+from itprune.maths.recycle import cluster_means
+from itprune.maths.schedule import schedule_average
 from itprune.methods import build_method
 from itprune.methods.base import Method
-from itprune.recycle import cluster_means
-from itprune.schedule import schedule_average
 from tests.layer_tokens import kept_visual, made
 from tests.models import ASSISTANT, DEPTH, PATCHES, ROWS, batch, prompts, tiny_llava
 

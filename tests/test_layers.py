@@ -34,6 +34,9 @@ def test_dependence_has_one_direction(path: Path) -> None:
     if "methods" in path.parts:
         banned = ("itprune.families", "itprune.engine", "itprune.attach", "transformers")
         assert not {m for m in modules if m.startswith(banned)}
+    if "maths" in path.parts:
+        banned = ("itprune.methods", "itprune.families", "itprune.engine", "transformers")
+        assert not {m for m in modules if m.startswith(banned)}
     if "families" in path.parts:
         assert not {m for m in modules if m.startswith(("itprune.methods", "itprune.engine"))}
     if "engine" in path.parts:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from itprune.grids import block_order
+from itprune.maths.grids import block_order
+from itprune.maths.querying import QuestionCompressor
 from itprune.methods import build_method
 from itprune.methods.base import Host, Method
-from itprune.querying import QuestionCompressor
 from tests.handmade import (
     HOST,
     TEXT,

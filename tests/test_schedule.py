@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itprune.schedule import (
+from itprune.maths.schedule import (
     bend_stages,
     check_schedule,
     drops,

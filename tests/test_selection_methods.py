@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itprune import PromptFormat, PruneConfig, attach
-from itprune.bipartite import ORDERS, bipartite_merging, merges_per_round
-from itprune.diversity import determinant_points, farthest_points, relevance_quality
+from itprune.maths.bipartite import ORDERS, bipartite_merging, merges_per_round
+from itprune.maths.diversity import determinant_points, farthest_points, relevance_quality
 from itprune.methods.aim import Aim, AimOptions, importance
 from itprune.methods.base import Host
 from itprune.methods.cdpruner import CDPruner, CDPrunerOptions

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from itprune.attending import Mixer, pad_rows
-from itprune.density_peaks import density_peaks
-from itprune.grids import sine_positions
+from itprune.maths.attending import Mixer, pad_rows
+from itprune.maths.density_peaks import density_peaks
+from itprune.maths.grids import sine_positions
 from tests.handmade import (
     WIDTH,
     built,

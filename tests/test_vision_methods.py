@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itprune.maths.patches import patch_attention, patch_keys
 from itprune.methods import build_method
 from itprune.methods.prumerge import PruMerge
 from itprune.methods.prumerge_plus import even_grid, even_others
 from itprune.methods.visionzip import VisionZip
-from itprune.patches import patch_attention, patch_keys
 from itprune.tokens import Block, Images, Kept
 from tests.towers import host_of, images_of, method_of, tiny_tower
 

@@ -1,7 +1,7 @@
 """`aim`: merge before the LLM, then drop layer by layer (after AIM, arXiv 2412.03248).
 
-Before the LLM each image is merged down in bipartite rounds (`itprune/bipartite.py`). Inside, from
-layer l1 on, a random walk over the attention map scores the tokens and 1 / (l2 - l1) more of the
+Before the LLM each image is merged down in bipartite rounds (`itprune/maths/bipartite.py`).
+Inside, from layer l1 on, a random walk over the attention map scores the tokens and 1 / (l2 - l1) more of the
 visual ones goes at each layer, until none is left after layer l2 - 1. What layer l decides holds
 from layer l + 1 on; text stays.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itprune.bipartite import ORDERS, Merging, bipartite_merging
+from itprune.maths.bipartite import ORDERS, Merging, bipartite_merging
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host
 from itprune.methods.fixed import fixed_count

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itprune.diversity import determinant_points, relevance_quality
+from itprune.maths.diversity import determinant_points, relevance_quality
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host, Method
 from itprune.methods.fixed import fixed_count

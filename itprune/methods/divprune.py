@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from itprune.diversity import farthest_points
+from itprune.maths.diversity import farthest_points
 from itprune.methods import register_method
 from itprune.methods.base import Card, Method
 from itprune.methods.fixed import fixed_count

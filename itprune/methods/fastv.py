@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from itprune.host import Host
+from itprune.maths.schedule import bend_stages
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.layered import Layered, check_layers, check_share
-from itprune.schedule import bend_stages
 
 LAYER, FRACTION = 1, 0.5
 """Published K = 2 (0-based: after layer 1) and the share that stays."""

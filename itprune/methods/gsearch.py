@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 
 from itprune.calibration import Calibration
+from itprune.maths.schedule import check_schedule, fit_schedule, schedule_average, sigmoid_schedule
+from itprune.maths.search import maximise
 from itprune.methods import register_method
 from itprune.methods.base import Card, Trial
 from itprune.methods.scheduled import Scheduled, ScheduleOptions, default_keep, default_slope
-from itprune.schedule import check_schedule, fit_schedule, schedule_average, sigmoid_schedule
-from itprune.search import maximise
 from itprune.tokens import Kept, LayerTokens
 
 

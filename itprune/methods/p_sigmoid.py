@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from itprune.calibration import Calibration
+from itprune.maths.schedule import sigmoid_schedule
+from itprune.maths.search import maximise
 from itprune.methods import register_method
 from itprune.methods.base import Card, Trial
 from itprune.methods.scheduled import Scheduled, ScheduleOptions, default_keep, default_slope
-from itprune.schedule import sigmoid_schedule
-from itprune.search import maximise
 
 SLOPES = (0.1, 10.0)
 """Range searched, as multiples of the default: from almost level to a step."""

@@ -20,12 +20,8 @@ from torch import Tensor
 
 from itprune.calibration import Calibration, Recorder
 from itprune.knee import inflection_count
-from itprune.merging import combine, combine_few, neighbours_of
-from itprune.methods import register_method
-from itprune.methods.base import Card, Method, Trial
-from itprune.methods.fixed import fixed_count
-from itprune.options import check_choice
-from itprune.patches import (
+from itprune.maths.merging import combine, combine_few, neighbours_of
+from itprune.maths.patches import (
     PATCH_SCORES,
     patch_attention,
     patch_keys,
@@ -33,6 +29,10 @@ from itprune.patches import (
     split_features,
     with_free_slot,
 )
+from itprune.methods import register_method
+from itprune.methods.base import Card, Method, Trial
+from itprune.methods.fixed import fixed_count
+from itprune.options import check_choice
 from itprune.tokens import Images, Kept
 
 STAGE = "before_llm"

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from itprune.host import Host
+from itprune.maths.schedule import bend_stages
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.layered import Layered, check_layers, check_share
-from itprune.schedule import bend_stages
 from itprune.tokens import LayerTokens
 
 FRACTION = 0.5

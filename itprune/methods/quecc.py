@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itprune.grids import block_order, patch_rows
 from itprune.host import Host
+from itprune.maths.grids import block_order, patch_rows
+from itprune.maths.querying import QuestionCompressor
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.fixed_size import FixedSize
-from itprune.querying import QuestionCompressor
 from itprune.tokens import Images, Kept, fill, spread
 
 PUBLISHED_KERNEL = 6

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from itprune.host import Host
+from itprune.maths.schedule import check_schedule, drops
 from itprune.methods.layered import Layered, check_query
-from itprune.schedule import check_schedule, drops
 from itprune.tokens import LayerTokens
 
 KEEP = 0.125

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from itprune.attending import Mixer, pad_rows
-from itprune.density_peaks import Clusters, density_peaks
-from itprune.grids import patch_rows, sine_positions
 from itprune.host import Host
+from itprune.maths.attending import Mixer, pad_rows
+from itprune.maths.density_peaks import Clusters, density_peaks
+from itprune.maths.grids import patch_rows, sine_positions
 from itprune.methods import register_method
 from itprune.methods.base import Card, Method
 from itprune.methods.fixed import fixed_count

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from itprune.host import Host
+from itprune.maths.recycle import cluster_means
+from itprune.maths.schedule import bend_stages
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.layered import Layered, alive, check_layers, check_share, keep_best
 from itprune.options import check_choice
 from itprune.ragged import group_sizes, pad_groups, top_per_group
-from itprune.recycle import cluster_means
-from itprune.schedule import bend_stages
 from itprune.tokens import Kept, LayerTokens
 
 LAYERS, PUBLISHED_DEPTH = (2, 6, 15), 32

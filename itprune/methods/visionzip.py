@@ -16,11 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itprune.merging import combine, take, target_weights
-from itprune.methods import register_method
-from itprune.methods.base import Card, Method
-from itprune.options import check_choice
-from itprune.patches import (
+from itprune.maths.merging import combine, take, target_weights
+from itprune.maths.patches import (
     mask_of,
     patch_attention,
     patch_keys,
@@ -30,6 +27,9 @@ from itprune.patches import (
     split_features,
     with_free_slot,
 )
+from itprune.methods import register_method
+from itprune.methods.base import Card, Method
+from itprune.options import check_choice
 from itprune.tokens import Images, Kept
 
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itprune.attending import pad_rows
-from itprune.grids import patch_rows
 from itprune.host import Host
+from itprune.maths.attending import pad_rows
+from itprune.maths.grids import patch_rows
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.fixed_size import FixedSize

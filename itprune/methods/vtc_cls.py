@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from itprune.maths.patches import patch_attention
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host, Method
 from itprune.methods.fixed import fixed_count
-from itprune.patches import patch_attention
 from itprune.ragged import top_per_group
 from itprune.tokens import Images, Kept
 

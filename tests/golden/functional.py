@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itprune.bipartite import bipartite_merging
-from itprune.diversity import determinant_points
+from itprune.maths.bipartite import bipartite_merging
+from itprune.maths.diversity import determinant_points
 from itprune.methods.aim import importance
 from itprune.methods.cdpruner import stretched
 from itprune.ragged import group_ids

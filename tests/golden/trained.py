@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from itprune.density_peaks import Clusters, density_peaks
-from itprune.grids import block_order
-from itprune.querying import QuestionCompressor
+from itprune.maths.density_peaks import Clusters, density_peaks
+from itprune.maths.grids import block_order
+from itprune.maths.querying import QuestionCompressor
 from tests.golden import Golden, case
 
 SIDE, KERNEL, HEADS = 24, 6, 8

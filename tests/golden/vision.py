@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from itprune.maths.patches import ranked
 from itprune.methods.vtc_cls import VtcCls
-from itprune.patches import ranked
 from tests.golden import Golden, case
 from tests.towers import images_of, method_of
 

@@ -1,0 +1,1 @@
+"""The arithmetic of the methods: pure tensors, no model, no engine, no method."""
