@@ -1,9 +1,9 @@
 """`aim`: merge before the LLM, then drop layer by layer (after AIM, arXiv 2412.03248).
 
 Before the LLM each image is merged down in bipartite rounds (`itprune/maths/bipartite.py`).
-Inside, from layer l1 on, a random walk over the attention map scores the tokens and 1 / (l2 - l1) more of the
-visual ones goes at each layer, until none is left after layer l2 - 1. What layer l decides holds
-from layer l + 1 on; text stays.
+Inside, from layer l1 on, a random walk over the attention map scores the tokens and 1 / (l2 - l1)
+more of the visual ones goes at each layer, until none is left after layer l2 - 1. What layer l
+decides holds from layer l + 1 on; text stays.
 
 The published habits that are switches here: means that forget earlier merges (`weighted`), output
 in order of similarity (`order`), a walk without restarts, whose mass drifts to the front of the
