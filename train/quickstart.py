@@ -5,7 +5,8 @@
 
 Each step is an ordinary command of the project, printed before it runs: write a data set of
 questions the bundled model has not been asked, tune it dense and pruned through the DeepSpeed
-launcher, ask both about held-out scenes with `itprune infer`, then print a table and draw pictures.
+launcher, ask both about held-out scenes with `itprune infer`, the dense one also on random tokens
+and on smaller pictures of the same budget, then print a table and draw pictures.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itprune.checkpoint import PrunerRecord
 from train.scenes import answers, majority_accuracy, write_dataset
 
 RECIPE = "configs/quickstart.yaml"
 BASE = "assets/tiny-llava"
+DENSE, PRUNED = "tuned dense", "tuned pruned"
+CONTROLS = {"random": "dense, random tokens", "downsample": "dense, small pictures"}
+"""Method -> row: what the pruned run has to beat."""
 SHOWN = 6
 """Pictures drawn of kept patches."""
 
@@ -39,6 +44,8 @@ class Run:
     log: Path | None
     """The trainer's log; None: not tuned."""
     answers: Path
+    how: tuple[str, ...] = ()
+    """Options of `itprune infer`."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quickstart(out: Path, train: int, val: int, overrides: Sequence[str]) -> list[Run]:
-    """Data, two tunings, three sets of answers."""
+    """Data, two tunings, five sets of answers."""
     data = out / "data"
     say(f"writing {train} + {val} scenes with new question types to {data}")
     split = write_dataset(data, train, val, seed=0, questions="quickstart")
@@ -76,6 +83,10 @@ def quickstart(out: Path, train: int, val: int, overrides: Sequence[str]) -> lis
         run_command("deepspeed", "launch/train.py", RECIPE, *paths, *place, *extra, *overrides)
         log = model / "trainer_state.json"
         runs.append(Run(f"tuned {name}", str(model), log, out / f"{name}.jsonl"))
+    keep = str(PrunerRecord.read(out / "pruned").config.keep_at(1.0) or 0.22)
+    for method, name in CONTROLS.items():
+        how = ("--method", method, "--keep", keep)
+        runs.append(Run(name, str(out / "dense"), None, out / f"{method}.jsonl", how))
     for run in runs:
         ask(run, questions)
     return runs
@@ -86,7 +97,9 @@ def ask(run: Run, questions: Path) -> None:
     place = ["--jsonl", str(questions), "--output", str(run.answers), "--quiet"]
     size = ["--batch-size", "16", "--max-new-tokens", "4"]
     run.answers.unlink(missing_ok=True)
-    run_command(sys.executable, "-m", "itprune.cli", "infer", "--model", run.model, *place, *size)
+    run_command(
+        sys.executable, "-m", "itprune.cli", "infer", "--model", run.model, *run.how, *place, *size
+    )
 
 
 def report(runs: Sequence[Run], out: Path) -> None:
@@ -102,11 +115,11 @@ def report(runs: Sequence[Run], out: Path) -> None:
     pictures = out / "pictures"
     with_image = [data / sample["image"] for sample in val if "image" in sample][:SHOWN]
     asked = [sample["conversations"][0]["value"] for sample in val if "image" in sample][:SHOWN]
-    draw_kept(runs[-1].model, with_image, asked, pictures / "kept.png")
+    model = next(run.model for run in runs if run.name == PRUNED)
+    draw_kept(model, with_image, asked, pictures / "kept.png")
     logs = {run.name: history(run.log) for run in runs if run.log is not None}
     draw_curves(logs, pictures / "training.png")
     (out / "table.json").write_text(json.dumps({"rows": rows, "majority": mean}, indent=1) + "\n")
-    model = runs[-1].model
     print(f"\ncheckpoint   {model}\nTensorBoard  tensorboard --logdir {model}")
     print(f"pictures     {pictures}/kept.png, {pictures}/training.png")
     example = f'--image {with_image[0]} --prompt "{asked[0].split(chr(10))[-1]}"'
@@ -144,8 +157,9 @@ def table(rows: Sequence[dict[str, Any]], majority: float) -> str:
         lines.append([r["run"], f"{r['accuracy']:.1%}", *shares, f"{r['kept']:.1%}", step])
     lines.append(["most frequent answer", f"{majority:.1%}"] + [""] * (len(kinds) + 2))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    dense, pruned = (r["step_s"] for r in rows[1:])
-    speed = f"\nA pruned training step is {dense / pruned:.2f} times as fast as a dense one."
+    steps = {r["run"]: r["step_s"] for r in rows}
+    ratio = steps[DENSE] / steps[PRUNED]
+    speed = f"\nA pruned training step is {ratio:.2f} times as fast as a dense one."
     text = "\n".join("  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
     return text + speed
 
