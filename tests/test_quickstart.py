@@ -34,7 +34,8 @@ def test_a_row_counts_exact_matches(tmp_path: Path) -> None:
     assert found["kept"] == pytest.approx(0.25)
     assert found["step_s"] == 0.3
     bare = row(Run("r", "m", None, tmp_path / "said.jsonl"), VAL)
-    text = table([bare, {**found, "step_s": 0.6}, found], 0.1)
+    tuned = [{**found, "run": "tuned dense", "step_s": 0.6}, {**found, "run": "tuned pruned"}]
+    text = table([bare, *tuned, bare], 0.1)
     assert "50.0%" in text
     assert "2.00 times" in text
 
