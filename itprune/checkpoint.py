@@ -26,6 +26,7 @@ from itprune.attach import Attached, attach, base_model
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig, Schedule
 from itprune.prompt import PromptFormat
+from itprune.trained import is_trained
 
 FORMAT = 1
 PRUNER_FILE = "pruner.json"
@@ -171,11 +172,27 @@ def load_pretrained(
         attached = attach(
             model, record.config, prompt=record.prompt, calibration=record.calibration
         )
-        weights = folder / PRUNER_WEIGHTS
-        if weights.exists() and method is None:
-            attached.method.load_state_dict(load_file(weights))
-        attached.method.to(device)
+        _fill(attached, folder)
     return Loaded(model, processor, attached)
+
+
+def _fill(attached: Attached, folder: Path) -> None:
+    """Gives a method with trained parts the checkpoint's.
+
+    Raises:
+        ValueError: it has none for this method; untrained parts would answer nonsense.
+    """
+    if not is_trained(attached.method):
+        return
+    weights = folder / PRUNER_WEIGHTS
+    name = attached.config.method
+    if not weights.exists() or PrunerRecord.read(folder).config.method != name:
+        attached.detach()
+        raise ValueError(
+            f"{folder}: method {name!r} has trained parts and this checkpoint "
+            "holds none for it; tune one with it (prune.method in the recipe)"
+        )
+    attached.method.load_state_dict(load_file(weights))
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,9 @@ def test_wrong_folders_get_one_sentence(base, tmp_path: Path) -> None:
     (tmp_path / PRUNER_FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format"):
         load_pretrained(tmp_path)
+
+
+def test_untrained_parts_are_not_used(tiny_llava_folder: Path) -> None:
+    for method in ("quecc", "topk_cls+dyvte"):
+        with pytest.raises(ValueError, match=f"method '{re.escape(method)}' has trained parts"):
+            load_pretrained(tiny_llava_folder, method=method, keep=0.5)
