@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Attached:
     def detach(self) -> None:
         """Gives the model back exactly as it was."""
         self._engine.detach()
-        unregister_trained(self._engine.family.model)
+        unregister_trained(self._engine.family.model, self.method)
 
     def __enter__(self) -> Attached:
         return self
@@ -135,6 +135,7 @@ def attach(
     """
     config = config or PruneConfig()
     inner = base_model(model)
+    _refuse_second(inner)
     family = find_family(inner)
     method = build_method(config.method, config.options, family.host)
     method.use(calibration)
@@ -144,8 +145,14 @@ def attach(
     try:
         return Attached(Engine(inner, family, method, config, prompt), config)
     except ValueError:
-        unregister_trained(inner)
+        unregister_trained(inner, method)
         raise
+
+
+def _refuse_second(model: PreTrainedModel) -> None:
+    owners = (h.__self__ for h in model._forward_pre_hooks.values() if isinstance(h, MethodType))
+    if any(isinstance(owner, Engine) for owner in owners):
+        raise ValueError("this model is attached already; detach() it first")
 
 
 def _special_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -53,7 +53,8 @@ def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -
     return copy
 
 
-def unregister_trained(inner: PreTrainedModel) -> None:
-    """Takes the method out again."""
-    if NAME in dict(inner.named_children()):
+def unregister_trained(inner: PreTrainedModel, method: Method) -> None:
+    """Takes the method out again; another one that is there now stays."""
+    child = dict(inner.named_children()).get(NAME)
+    if child is not None and any(module is method for module in child.modules()):
         delattr(inner, NAME)

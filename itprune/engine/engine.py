@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import functools
 from inspect import signature
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -31,7 +29,7 @@ from itprune.engine.attention import pruned_name
 from itprune.engine.cache import PrunedLayer
 from itprune.engine.context import CONTEXT, Context
 from itprune.engine.positions import Positions
-from itprune.engine.question import Question, QuestionReader
+from itprune.engine.question import Question, QuestionReader, many_ranks
 from itprune.engine.request import Request
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
@@ -55,7 +53,6 @@ class Engine:
         config: PruneConfig,
         prompt: PromptFormat,
     ) -> None:
-        _refuse_second(model)
         self.family, self.method, self.config, self.prompt = family, method, config, prompt
         self.report: Report | None = None
         self.totals = Totals()
@@ -71,9 +68,9 @@ class Engine:
             self._text, model.get_input_embeddings(), self._text.config.hidden_size
         )
         self._renumber = (self._renumbers("before_llm"), self._renumbers("layers"))
+        self._attention = self._rename_attention()  # raises before there are hooks
         self._savings = Savings(family, method)
         self._handles: list[RemovableHandle] = [*self._savings.handles]
-        self._attention = self._rename_attention()
         self._install(model)
 
     def _renumbers(self, place: str) -> bool:
@@ -143,7 +140,7 @@ class Engine:
         return torch.cat(list(features.pooler_output)).sum() * 0.0
 
     def _close_request(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._request = None
+        self._request = self._vision = None  # a tower that failed has left its pass open
 
     def _before_head(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         request = self._request
@@ -200,7 +197,7 @@ class Engine:
         if vision is None:
             return None
         if vision.waiting is not None:
-            self._waiting = vision
+            vision.encoded, self._waiting = output.detach(), vision
             return None
         return vision.restore(output)
 
@@ -221,7 +218,7 @@ class Engine:
         request, embeds = self._request, kwargs.get("inputs_embeds")
         if request is None or embeds is None:
             return None
-        if text.training and not request.has_images and _many_ranks():
+        if text.training and not request.has_images and many_ranks():
             # Here, where a real image's features come in: ZeRO-3 gathers weights in module order.
             blank = self._blank_features(self.family.model)
             kwargs = {**kwargs, "inputs_embeds": embeds + blank.to(embeds.dtype)}
@@ -338,13 +335,3 @@ def _slides(config: PreTrainedConfig) -> bool:
     """Some layers attend to less than the whole past, so their masks carry more than causality."""
     types = config.to_dict().get("layer_types") or ()
     return any(kind != "full_attention" for kind in types)
-
-
-def _many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _refuse_second(model: PreTrainedModel) -> None:
-    owners = (h.__self__ for h in model._forward_pre_hooks.values() if isinstance(h, MethodType))
-    if any(isinstance(owner, Engine) for owner in owners):
-        raise ValueError("this model is attached already; detach() it first")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from itprune.engine.sequence import Sequence
@@ -26,20 +27,42 @@ class QuestionReader:
     embed: nn.Module
     width: int
     states: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    weights: int = 0
+    """Which weights `states` were read with."""
 
     @torch.no_grad()
     def read(self, questions: list[tuple[int, ...]]) -> Tensor:
         """(Q, W) state of each question's last token; zeros for an empty one."""
-        changing = self.text_model.training  # its weights, with every step
-        if changing or len(self.states) > CACHED:
-            self.states.clear()
-        unknown = sorted({ids for ids in questions if ids} - self.states.keys())
-        if unknown:
-            self.states.update(zip(unknown, self._run(unknown), strict=True))
+        asked = {ids for ids in questions if ids}
+        if many_ranks():  # shared weights are gathered in step: every rank reads, each time
+            states = self._run(sorted(asked or {(0,)}))
+        elif self.text_model.training:  # weights change with every step
+            states = self._run(sorted(asked))
+        else:
+            states = self._remembered(asked)
         blank = next(self.embed.parameters()).new_zeros(self.width)
-        return torch.stack([self.states[ids] if ids else blank for ids in questions])
+        return torch.stack([states[ids] if ids else blank for ids in questions])
 
-    def _run(self, questions: list[tuple[int, ...]]) -> Tensor:
+    def _remembered(self, asked: set[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        weights = self._weights()
+        if weights != self.weights or len(self.states) > CACHED:
+            self.states.clear()
+            self.weights = weights
+        self.states.update(self._run(sorted(asked - self.states.keys())))
+        return self.states
+
+    def _weights(self) -> int:
+        """Changes when weights are trained, loaded, moved, or adapters switched."""
+        return hash(
+            tuple(
+                (w.data_ptr(), w.dtype, w.requires_grad, 0 if w.is_inference() else w._version)
+                for w in self.text_model.parameters()
+            )
+        )
+
+    def _run(self, questions: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        if not questions:
+            return {}
         device = next(self.embed.parameters()).device
         lens = torch.tensor([len(ids) for ids in questions], device=device)
         ids = nn.utils.rnn.pad_sequence(
@@ -49,7 +72,8 @@ class QuestionReader:
         out = self.text_model(
             inputs_embeds=self.embed(ids), attention_mask=mask.long(), use_cache=False
         )
-        return out.last_hidden_state[torch.arange(len(ids), device=device), lens - 1]
+        last = out.last_hidden_state[torch.arange(len(ids), device=device), lens - 1]
+        return dict(zip(questions, last, strict=True))
 
 
 @dataclass(frozen=True)
@@ -110,3 +134,8 @@ def expanded(sequence: Sequence, slots: int, step: int) -> Tensor:
     row = torch.repeat_interleave(torch.arange(len(repeated), device=per_row.device), repeated)
     begin = repeated.cumsum(0) - repeated
     return first[row] + torch.arange(len(row), device=row.device) - begin[row]
+
+
+def many_ranks() -> bool:
+    """Whether several processes train one model."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

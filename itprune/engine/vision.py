@@ -49,6 +49,8 @@ class VisionPass:
     """n and the slots of each image."""
     waiting: Tensor | None = None
     """(n, P + extra, D) features of a pass that has to wait for the question."""
+    encoded: Tensor | None = None
+    """(n, P, W) what a pass that waits has made of them meanwhile."""
     open: bool = True
 
     # ------------------------------------------------------------------------ tower
@@ -194,17 +196,28 @@ def answer_late(
         ValueError: features that were not encoded just before this call.
     """
     count = len(encoded.pooler_output)
-    if vision is None or vision.waiting is None or count % len(vision.pixels):
+    if vision is None or not _encoded_by(vision, encoded.pooler_output, question):
         raise ValueError(
             "this method needs the question while images are encoded: pass pixel_values, not "
             "features encoded earlier"
         )
+    assert vision.waiting is not None
     step = count // len(vision.pixels)
     vision.question = question.every(step)
     features = vision.restore(project(vision.shorten(vision.waiting, project)))
     if step > 1:
         features = features[expanded(question.sequence, features.shape[1], step)]
     encoded.pooler_output = list(features)
+
+
+def _encoded_by(vision: VisionPass, given: list[Tensor], question: Question) -> bool:
+    """Whether features, one (S, W) tensor an image, are those of a pass that waits. Where images
+    and placeholders disagree, the host says so."""
+    step, rest = divmod(len(given), len(vision.pixels))
+    if vision.waiting is None or vision.encoded is None or rest:
+        return False
+    image = expanded(question.sequence, vision.encoded.shape[1], step)
+    return len(image) != len(given) or torch.equal(torch.stack(given), vision.encoded[image])
 
 
 def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
