@@ -16,6 +16,7 @@ from itprune import PruneConfig, attach, calibrate, methods
 from itprune.calibration import Calibration
 from itprune.host import Host
 from itprune.methods import build_method
+from itprune.methods.prumerge import STAGE
 from tests.models import batch, prompts, tiny_llava
 
 HOST = Host.example()
@@ -67,6 +68,59 @@ def test_what_does_not_fit_together_is_refused(name: str, options: dict, message
 def test_a_stage_that_is_switched_off_leaves_its_place() -> None:
     method = build_method("itprune+fastv", {"itprune": {"stage2": None}}, HOST)
     assert method.owner == {"before_llm": "itprune", "layers": "fastv"}
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "dyvte", "gsearch", "yopo"])
+def test_a_part_whose_share_is_everything_is_not_asked(name: str) -> None:
+    """The other one spends the whole target: what is left to this one is 1.0."""
+    config = PruneConfig(f"topk_cls+{name}", keep=0.6, options={"topk_cls": {"keep": 0.5}})
+    with attach(model := tiny_llava(), config) as pruner:
+        found = model(**prompts(batch())).logits
+        assert pruner.method.parts[name].idle
+        assert pruner.report.visual_layer_average == pytest.approx(0.5)
+    with attach(model, PruneConfig("topk_cls", keep=0.5)):
+        assert torch.equal(model(**prompts(batch())).logits, found)
+
+
+@pytest.mark.parametrize("name", ["quecc", "vistog", "setok", "downsample"])
+def test_a_compressor_whose_share_is_everything_compresses_nothing(name: str) -> None:
+    config = PruneConfig(f"{name}+fastv", keep=0.6, options={"fastv": {"keep": 0.5}})
+    with attach(model := tiny_llava(), config) as pruner:
+        model(**prompts(batch(((5, "image", 9),))))
+        assert pruner.report.visual_stage1 == [36]
+
+
+def test_each_place_keeps_the_positions_of_its_part() -> None:
+    method = build_method("topk_cls+pyramiddrop", {}, HOST)
+    assert method.positions_at("before_llm") == "original"
+    assert method.positions_at("layers") == "contiguous"
+
+
+def test_a_combination_refuses_a_calibration_of_another_model() -> None:
+    method = build_method("visionzip+fastv", {}, HOST)
+    with pytest.raises(ValueError, match="another model"):
+        method.use(Calibration(host={"depth": 3, "width": 5}))
+
+
+def test_a_part_is_calibrated_behind_calibrated_ones() -> None:
+    method = build_method("p_sigmoid+prumerge", {"p_sigmoid": {"trials": 1}}, HOST)
+    seen: list[tuple[str, bool]] = []
+    first, second = method.at("before_llm"), method.at("layers")
+
+    class Trial:
+        def run(self) -> None:
+            seen.append(("run", first.calibration is not None))
+            ones = torch.ones(1, dtype=torch.long)
+            first.recorder.add(STAGE, first.rule, ones, 4 * ones)
+
+        def fidelity(self) -> float:
+            seen.append(("fidelity", first.calibration is not None))
+            return 1.0
+
+    method.share(0.3)
+    method.use(method.calibrate(Trial()))
+    assert seen == [("run", False), ("fidelity", True)]
+    assert second.calibration.found["slope"] > 0
 
 
 OUTSIDE = """

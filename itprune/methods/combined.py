@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from itprune.calibration import Calibration
-from itprune.methods.base import Card, Method, Trial
+from itprune.methods.base import PLACES, Card, Method, Trial
 from itprune.options import check_fraction
 from itprune.tokens import Images, Kept, LayerTokens, Sparsity
 
@@ -45,6 +45,11 @@ class Combined(Method):
         assert isinstance(part, Method)
         return part
 
+    def _acting(self, place: str) -> Method | None:
+        """The part that claims a place; None: nobody, or one whose share is everything."""
+        part = self.at(place) if place in self.owner else None
+        return None if part is None or part.idle else part
+
     def _each(self) -> list[tuple[str, Method]]:
         return [(name, part) for name, part in self.parts.items() if isinstance(part, Method)]
 
@@ -67,28 +72,33 @@ class Combined(Method):
 
     # ------------------------------------------------------------------------ places
     def positions_at(self, place: str) -> str:
-        return self.at(place).positions if place in self.owner else self.positions
+        return self.at(place).positions_at(place) if place in self.owner else self.positions
 
     def vision_blocks(self) -> tuple[int, ...]:
         return tuple(sorted({block for _, part in self._each() for block in part.vision_blocks()}))
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        return self.at("pixels").grid(rows, columns) if "pixels" in self.owner else (rows, columns)
+        part = self._acting("pixels")
+        return (rows, columns) if part is None else part.grid(rows, columns)
 
     def tower_tokens(self) -> Tensor | None:
-        return self.at("tower").tower_tokens() if "tower" in self.owner else None
+        part = self._acting("tower")
+        return None if part is None else part.tower_tokens()
 
     def before_llm(self, images: Images) -> Kept:
-        return self.at("before_llm")(images)
+        part = self._acting("before_llm")
+        return super().before_llm(images) if part is None else part(images)
 
     def layers(self) -> tuple[int, ...]:
-        return self.at("layers").layers() if "layers" in self.owner else ()
+        part = self._acting("layers")
+        return () if part is None else part.layers()
 
     def after_layer(self, tokens: LayerTokens) -> Kept:
         return self.at("layers")(tokens)
 
     def sparsity(self, layer: int) -> Sparsity | None:
-        return self.at("compute").sparsity(layer) if "compute" in self.owner else None
+        part = self._acting("compute")
+        return None if part is None else part.sparsity(layer)
 
     # ------------------------------------------------------------------------ calibration
     @property
@@ -97,12 +107,21 @@ class Combined(Method):
 
     @torch.no_grad()
     def calibrate(self, trial: Trial) -> Calibration:
-        found = {n: p.calibrate(trial) for n, p in self._each() if p.calibrates}
+        """Part by part in the order they act, each behind earlier ones that meet their target."""
+        before, found = self.calibration, {}
+        try:
+            for name, part in sorted(self._each(), key=lambda each: _turn(each[1])):
+                if part.calibrates:
+                    found[name] = part.calibrate(trial)
+                    part.use(found[name])
+        except BaseException:
+            self.use(before)
+            raise
         samples = max(calibration.samples for calibration in found.values())
         return Calibration(samples=samples, found={n: c.to_dict() for n, c in found.items()})
 
     def use(self, calibration: Calibration | None) -> None:
-        self.calibration = calibration
+        super().use(calibration)
         for name, part in self._each():
             record = None if calibration is None else calibration.found.get(name)
             part.use(None if record is None else Calibration.from_dict(record))
@@ -114,6 +133,11 @@ def combine(parts: Mapping[str, Method], options: Mapping[str, Any]) -> Combined
     for name, keep in keeps.items():
         check_fraction(f"prune.{name}.keep", keep)
     return Combined(parts, keeps)
+
+
+def _turn(part: Method) -> int:
+    """When a part acts first, as an index of `PLACES`."""
+    return min(PLACES.index(place) for place in part.places)
 
 
 def _owners(parts: Mapping[str, Method]) -> dict[str, str]:
