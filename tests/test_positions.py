@@ -11,7 +11,7 @@ from itprune import PromptFormat, PruneConfig, attach
 from tests.models import ASSISTANT, ROWS, batch, prompts, tiny_llava
 
 PROMPT = PromptFormat((0, 1, 2, *ASSISTANT), ASSISTANT)
-METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "quecc")
+METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "topk_cls+pyramiddrop", "quecc")
 
 
 def answered(side: str = "left") -> dict[str, Tensor]:
@@ -88,6 +88,56 @@ def test_a_renumbered_prompt_is_not_cropped_into() -> None:
         cache.crop(data["input_ids"].shape[1])  # nothing to remove
         with pytest.raises(ValueError, match=r"prune\.positions: original"):
             cache.crop(5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_of_later_turns_go_on_where_earlier_ones_ended(name: str) -> None:
+    """Text, then images, then images again: a batch is its rows."""
+    turns = [
+        prompts(batch(rows, side="left", seed=seed))
+        for seed, rows in enumerate([((4,), (3,)), ((4, "image", 6), (3, "image", 5))])
+    ]
+    turns.append(prompts(batch(((2, "image", 5), (2, "image", 5)), seed=2)))
+    model = tiny_llava()
+
+    def run(row: int | None) -> Tensor:
+        cache, mask, out = DynamicCache(config=model.get_decoder().config), None, []
+        for turn in turns:
+            one = dict(turn)
+            if row is not None:
+                real = turn["attention_mask"][row].bool()
+                one = {k: v[row : row + 1] for k, v in turn.items()}
+                one["input_ids"] = turn["input_ids"][row, real][None]
+                one["attention_mask"] = torch.ones_like(one["input_ids"])
+            now = one["attention_mask"]
+            mask = now if mask is None else torch.cat([mask, now], 1)
+            ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -now.shape[1] :]
+            one |= {"attention_mask": mask, "position_ids": ids, "past_key_values": cache}
+            out.append(model(**one).logits[:, -1])
+        return torch.cat(out, 1)
+
+    torch.manual_seed(0)
+    with attach(model, config(name), prompt=PROMPT), torch.no_grad():
+        together = run(None)
+        for row in range(2):
+            assert (run(row)[0] - together[row]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_assistant_model_may_guess_behind_the_prompt(name: str) -> None:
+    """Its guesses are in the prompt's own forward, and some are cropped away again."""
+    model, data = tiny_llava(), answered()
+    row = data["attention_mask"][0].bool()
+    one = {
+        "input_ids": data["input_ids"][0, row][None],
+        "attention_mask": torch.ones(1, int(row.sum()), dtype=torch.long),
+        "pixel_values": data["pixel_values"][:1],
+    }
+    how = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [290]}
+    torch.manual_seed(0)
+    with attach(model, config(name), prompt=PROMPT):
+        plain = model.generate(**one, **how)
+        assert torch.equal(model.generate(**one, **how, assistant_model=tiny_llava()), plain)
 
 
 def test_a_speculating_assistant_crops_what_was_decoded() -> None:

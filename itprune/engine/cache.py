@@ -61,7 +61,8 @@ class PrunedLayer(DynamicLayer):
         self._coming = rows
         if late is not None:
             self.late = late if self.late is None else self.late + late
-            self._renumbered_up_to = self.virtual_length + rows.length
+            if rows.gap:
+                self._renumbered_up_to = self.virtual_length + rows.gap
         self.history = (*self.history, start)
 
     def mark(self, visual: Tensor) -> None:

@@ -165,7 +165,7 @@ class Context:
         """Taps layer `index` on all tokens that reach it; draws no random numbers of the run."""
         tables = kwargs["position_embeddings"]
         if before is not None:
-            tables = self.positions.tables(before, self._cache_layer(index), hidden, tables)
+            tables = self.positions.tables(before, self._cache_layer(index), hidden, kwargs)
         cuda = [hidden.device] if hidden.is_cuda else []
 
         def tap(query: Tensor, key: Tensor, scale: float) -> None:
@@ -220,10 +220,9 @@ class Context:
         changes: dict[str, Any] = {}
         layer = self._cache_layer(index)
         if rows is not None:
-            tables = kwargs["position_embeddings"]
             mask = self._mask(rows, layer, kwargs["attention_mask"])
             changes = {
-                "position_embeddings": self.positions.tables(rows, layer, hidden, tables),
+                "position_embeddings": self.positions.tables(rows, layer, hidden, kwargs),
                 "attention_mask": mask,
                 "position_ids": None,
             }

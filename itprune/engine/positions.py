@@ -69,9 +69,10 @@ class Positions:
             rows.ids = before.ids[keep]
 
     def tables(
-        self, rows: Rows, layer: PrunedLayer | None, hidden: Tensor, tables: Tables
+        self, rows: Rows, layer: PrunedLayer | None, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tables:
         """The rows' tables: gathered from the host's where its ids hold, else computed."""
+        tables = kwargs["position_embeddings"]
         late = layer.late if layer is not None else None
         history = layer.history if layer is not None and late is not None else ()
         key = ("rows", id(rows), history, id(tables[0]))
@@ -79,13 +80,15 @@ class Positions:
             if rows.ids is None and late is None:
                 self.memo[key] = (rows.gather(tables[0]), rows.gather(tables[1]))
             else:
-                self.memo[key] = self.host.rotary(hidden, self._ids(rows, late))
+                self.memo[key] = self.host.rotary(hidden, self._ids(rows, late, kwargs))
         return self.memo[key]
 
-    def _ids(self, rows: Rows, late: Tensor | None) -> Tensor:
+    def _ids(self, rows: Rows, late: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         """(1, N) or (B, L) ids in the rows' layout."""
-        assert rows.ids is not None  # a layer lags only where rows are renumbered
-        ids = rows.ids if late is None else rows.ids - late[rows.sample]
+        ids = rows.ids
+        if ids is None:
+            ids = self._host_ids(kwargs["position_ids"]).reshape(-1)[rows.token]
+        ids = ids if late is None else ids - late[rows.sample]
         return ids[None] if rows.packed else rows.pad(ids)
 
     def after_renumbered(

@@ -98,8 +98,8 @@ class LayerScores:
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(B, H, Q, d) and (B, H_kv, L, d) -> (B, H, Q, L) float32."""
-    samples, _, count, width = query.shape
-    grouped = query.reshape(samples, key.shape[1], -1, count, width)
+    samples, heads, count, width = query.shape
+    grouped = query.reshape(samples, key.shape[1], heads // key.shape[1], count, width)
     return (grouped @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2) * scale
 
 

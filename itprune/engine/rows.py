@@ -38,6 +38,13 @@ class Rows:
         return self.token % self.length
 
     @cached_property
+    def gap(self) -> int:
+        """Position up to which tokens are missing between others; 0: none is."""
+        jump = (self.token.diff() > 1) & (self.sample.diff() == 0)
+        behind = self.position[1:][jump]
+        return int(behind.max()) if len(behind) else 0
+
+    @cached_property
     def lens(self) -> Tensor:
         """(B,) tokens alive in each sample."""
         return group_sizes(self.sample, self.samples)
