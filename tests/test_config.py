@@ -69,8 +69,8 @@ def test_a_schedule_moves_and_ends() -> None:
     assert cosine.keep_at(0.1) > 0.97
 
 
-def test_the_default_split_is_a_third_and_averages_to_keep() -> None:
-    assert split_keep(0.22, 8, (3,), (None, None)) == pytest.approx((0.33, 0.11))
+def test_the_default_split_is_two_thirds_and_averages_to_keep() -> None:
+    assert split_keep(0.22, 8, (3,), (None, None)) == pytest.approx((0.264, 0.176))
     first, second = split_keep(0.22, 32, (10,), (None, None))
     assert (first * 11 + second * 21) / 32 == pytest.approx(0.22)
     assert split_keep(0.22, 8, (), (None,)) == pytest.approx((0.22,))

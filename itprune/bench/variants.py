@@ -77,5 +77,6 @@ def _one_stage(keep: float, layout: str) -> PruneConfig:
 
 
 def _two_stages(shape: Shape, keep: float) -> PruneConfig:
-    """The split of `keep` is derived: 0.22 becomes 0.33, and 0.11 from the middle of the LLM on."""
-    return PruneConfig(keep=keep, options={"stage2": {"layers": [shape.half_depth]}})
+    """0.22 as 0.33, and 0.11 from the middle of the LLM on: a second stage with much to do."""
+    options = {"stage1": {"keep": min(1.5 * keep, 1.0)}, "stage2": {"layers": [shape.half_depth]}}
+    return PruneConfig(keep=keep, options=options)
