@@ -44,6 +44,7 @@ def register_trained(model: nn.Module, inner: PreTrainedModel, method: Method) -
         return method
     adapter = model.active_adapter
     wrapper = ModulesToSaveWrapper(method, adapter)
+    wrapper.set_adapter(adapter)  # by name: unloading looks it up
     wrapper.original_module = nn.Identity()  # there is no untrained pruner to fall back to
     inner.add_module(NAME, wrapper)
     listed = model.peft_config[adapter].modules_to_save or []

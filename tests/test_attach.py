@@ -30,6 +30,17 @@ def test_an_old_pruner_takes_away_its_own_parts_only() -> None:
     assert dict(model.named_children())["pruner"] is new.method
 
 
+def test_an_idle_pruner_asks_for_no_tokens() -> None:
+    model, data = tiny_llava(), prompts(batch())
+    data["inputs_embeds"] = model.get_input_embeddings()(data.pop("input_ids"))
+    expected = model(**data).logits
+    with attach(model, PruneConfig(keep=1.0)) as pruner:
+        assert torch.equal(model(**data).logits, expected)
+        pruner.set_keep(0.5)
+        with pytest.raises(ValueError, match="input_ids"):
+            model(**data)
+
+
 def test_an_attach_that_fails_leaves_no_hook() -> None:
     model = tiny_llava()
     model.get_decoder().config._attn_implementation = "eager"

@@ -69,6 +69,17 @@ def test_every_adapter_checkpoint_has_the_trained_parts(tmp_path: Path) -> None:
         assert torch.equal(pruner.method.scale.weight, trained)
 
 
+def test_an_adapter_is_merged_around_the_trained_parts() -> None:
+    lora = LoraConfig(target_modules=r".*language_model.*\.v_proj", init_lora_weights=False)
+    model, data = get_peft_model(tiny_llava(), lora).eval(), batch()
+    with attach(model, CONFIG) as pruner, torch.no_grad():
+        expected = model(**data).loss
+        merged = model.merge_and_unload()
+        assert merged.pruner is pruner.method
+        assert (merged(**data).loss - expected).abs() < 1e-5
+    assert "pruner" not in dict(merged.named_children())
+
+
 def test_an_attach_that_fails_leaves_nothing_behind() -> None:
     model = tiny_llava()
     model.get_decoder().config._attn_implementation = "eager"

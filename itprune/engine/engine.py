@@ -127,6 +127,8 @@ class Engine:
         request = Request.read({**dict(zip(self._arguments, args, strict=False)), **kwargs})
         wanted = self.config.label_only_logits
         active = not self.method.idle and request.has_images
+        if active and request.ids is None:
+            raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
             kwargs = request.label_only(kwargs)
         self._request = request

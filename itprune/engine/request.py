@@ -48,8 +48,6 @@ class Request:
         encoded = kwargs.get("mm_encoder_outputs") or {}
         wanted = kwargs.get("logits_to_keep", 0)
         pixels = any(kwargs.get(name) is not None for name in PIXELS)
-        if ids is None and pixels:
-            raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
         return cls(
             ids=ids,
             targets=targets,
