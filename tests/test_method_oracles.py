@@ -31,6 +31,7 @@ DOES_NOT_APPLY = {
     ("masking", "yopo"): "windows and head gates are no key mask; tests/test_yopo.py has its own",
     ("masking", "dense"): "nothing is dropped",
     ("short", "dense"): "nothing is dropped",
+    ("answers", "dense"): "nothing is dropped",
     ("short", "yopo"): "the rows of a layer are not all a later layer computes with",
     ("train_eval", "dense"): "nothing is dropped",
     ("train_eval", "vistog"): "published grouping is noisy in training and hard afterwards",
@@ -202,6 +203,19 @@ def test_training_and_inference_choose_the_same(name: str) -> None:
             model.train()(**data)
             second = [None if r is None else r.token.tolist() for r in rows["rows"]]
     assert first == second
+
+
+@cases("answers")
+def test_answers_choose_nothing(name: str) -> None:
+    """What a training sample keeps does not depend on what it is to say."""
+    data = batch(ROWS[:3])
+    spoken = data["labels"] != -100
+    other = torch.where(spoken, (data["input_ids"] + 37) % 240 + 3, data["input_ids"])
+    with attached(name) as (model, _), recorded_rows(model) as rows, torch.no_grad():
+        model(**data)
+        first = [r.token.tolist() for r in rows["rows"]]
+        model(**{**data, "input_ids": other})
+        assert first == [r.token.tolist() for r in rows["rows"]]
 
 
 @cases("counted")

@@ -11,7 +11,15 @@ from itprune import PromptFormat, PruneConfig, attach
 from tests.models import ASSISTANT, ROWS, batch, prompts, tiny_llava
 
 PROMPT = PromptFormat((0, 1, 2, *ASSISTANT), ASSISTANT)
-METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "topk_cls+pyramiddrop", "quecc")
+METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "quecc", "aim")
+LATER = (*METHODS, "topk_cls+pyramiddrop")
+    "vtc_cls",
+    "pyramiddrop",
+    "visionzip+pyramiddrop",
+    "topk_cls+pyramiddrop",
+    "quecc",
+    "aim",
+)
 
 
 def answered(side: str = "left") -> dict[str, Tensor]:
@@ -90,7 +98,7 @@ def test_a_renumbered_prompt_is_not_cropped_into() -> None:
             cache.crop(5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LATER)
 def test_images_of_later_turns_go_on_where_earlier_ones_ended(name: str) -> None:
     """Text, then images, then images again: a batch is its rows."""
     turns = [

@@ -163,13 +163,24 @@ class Aim(Layered):
     def score(self, tokens: LayerTokens) -> Tensor:
         table, filled = tokens.logits()
         options = self.options
-        score = importance(table, filled, options.temperature, options.steps, options.damping)
+        asked = filled.clone()
+        asked[filled] = _asked(tokens)
+        score = importance(table, asked, options.temperature, options.steps, options.damping)
         return score[filled]
 
     def count(self, tokens: LayerTokens) -> Tensor:
         """(B,) how many visual tokens of each sample go on: the plan's share, rounded down."""
         share = self.plan()[tokens.layer]
         return (tokens.entered * share + 1e-6).floor().long()
+
+
+def _asked(tokens: LayerTokens) -> Tensor:
+    """(N,) bool: tokens up to the question's last. A walk that starts at an answer, or at what an
+    assistant guesses, would let it choose what it is to be told by."""
+    end = torch.full((tokens.samples,), -1, device=tokens.position.device)
+    asks = tokens.asks
+    end = end.scatter_reduce(0, tokens.sample[asks], tokens.position[asks], "amax")
+    return tokens.position <= end[tokens.sample]
 
 
 def _span(options: AimOptions, depth: int) -> tuple[int, int]:
