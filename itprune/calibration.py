@@ -7,6 +7,7 @@ fractions. Any later target is then one bisection away, so one calibration serve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -63,6 +64,23 @@ class Calibration:
         if self.rules.get(stage) != rule or stage not in self.curves:
             return None
         return self.curves[stage].scale(target)
+
+    def numbers(self, key: str) -> tuple[float, ...] | None:
+        """A list of finite numbers, or a single one, that a method left in `found`; None: nothing.
+
+        Raises:
+            ValueError: something else is there.
+        """
+        if key not in self.found:
+            return None
+        value = self.found[key]
+        listed = value if isinstance(value, list | tuple) else [value]
+        if not listed or not all(isinstance(v, int | float) and math.isfinite(v) for v in listed):
+            raise ValueError(
+                f"calibration: {key!r} must hold finite numbers, got {value!r:.60}; "
+                "run `itprune calibrate` again"
+            )
+        return tuple(map(float, listed))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1
+"""Integers end up in tensors of int64."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -77,17 +80,28 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
     if bool in members and isinstance(value, bool):
         return value
-    if int in members and isinstance(value, int) and not isinstance(value, bool):
+    if int in members and type(value) is int and abs(value) <= LARGEST:
         return value
-    if float in members and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+    if float in members and (number := _finite(value)) is not None:
+        return number
     if str in members and isinstance(value, str):
         return value
     wanted = " or ".join("null" if m is type(None) else _name(m) for m in members)
-    raise ValueError(f"{where}: must be {wanted}, got {value!r}")
+    limits = " (finite, of at most 64 bits)" if type(value) in (int, float) else ""
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    raise ValueError(f"{where}: must be {wanted}{limits}, got {shown}")
+
+
+def _finite(value: Any) -> float | None:
+    """The number a value stands for, be it written as text; None: not a finite one."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _name(kind: Any) -> str:

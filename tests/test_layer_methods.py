@@ -103,6 +103,15 @@ def test_keep_out_of_reach_is_refused_and_the_old_one_stays(name: str) -> None:
         ("gsearch", {"tolerance": 1}, "prune.tolerance: must be in"),
         ("gsearch", {"weight": 0}, "prune.weight: must be positive"),
         ("p_sigmoid", {"slope": 0}, "prune.slope: must be positive"),
+        ("p_sigmoid", {"slope": float("inf")}, "prune.slope: must be float or null .finite"),
+        ("p_sigmoid", {"seed": -1}, "prune.seed: must lie in"),
+        (
+            "gsearch",
+            {"schedule": [1.0, float("nan")]},
+            r"prune.schedule\[1\]: must be float .finite",
+        ),
+        ("sparsevlm", {"bias": float("nan")}, "prune.bias: must be float .finite"),
+        ("fastv", {"fraction": 10**400}, "prune.fraction: must be float or null .finite"),
         ("p_sigmoid", {"trials": 0}, "prune.trials: must be at least 1"),
     ],
 )
@@ -286,6 +295,35 @@ def test_searching_needs_optuna_and_something_to_search(monkeypatch: pytest.Monk
 def test_a_calibration_of_another_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="calibration: needs one fraction for each of the 6"):
         method("gsearch", 6).use(Calibration(found={"schedule": [1.0, 0.5]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("gsearch", {"schedule": 5}),
+        ("gsearch", {"schedule": [None] * 6}),
+        ("p_sigmoid", {"slope": "steep"}),
+        ("p_sigmoid", {"slope": -1.0}),
+        ("dyvte", {"share": [1.0, 0.5]}),
+        ("dyvte", {"share": ["a"], "bias": [0.0]}),
+        ("yopo", {"heads": 3}),
+        ("yopo", {"heads": [[1.0] * 31] * 5}),
+        ("yopo", {"heads": [["a"] * 32] * 5}),
+    ],
+)
+def test_a_spoilt_calibration_is_refused(name: str, found: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        spoilt = method(name, 6)
+    with pytest.raises(ValueError, match="calibration") as caught:
+        spoilt.use(Calibration(found=found))
+    assert "\n" not in str(caught.value)
+    assert spoilt.calibration is None
+
+
+def test_a_calibration_of_another_model_is_refused() -> None:
+    for host in ({"depth": 3, "width": 8}, {"depth": 3}):
+        with pytest.raises(ValueError, match=r"calibration: it was made with another model .3 LLM"):
+            method("p_sigmoid", 6).use(Calibration(host=host))
 
 
 def test_an_uncalibrated_gsearch_says_so() -> None:

@@ -57,7 +57,14 @@ def test_the_midpoint_in_closed_form(average: float, slope: float, expected: flo
     assert schedule_average(values) == pytest.approx(average, abs=5e-3)
 
 
+@pytest.mark.parametrize("slope", [1e-320, 1e-12, 1e12, 1e308])
+def test_any_slope_averages_keep(slope: float) -> None:
+    values = sigmoid_schedule(slope, 0.3, 32, "p_sigmoid")
+    assert schedule_average(values) == pytest.approx(0.3, abs=1e-6 if slope < 1 else 0.5 / 32)
+
+
 def test_the_midpoint_does_not_overflow() -> None:
+    assert sigmoid_midpoint(1e308, 0.25, 100) == pytest.approx(25)
     assert sigmoid_midpoint(60.0, 0.5, 100) == pytest.approx(50)
     assert sigmoid_midpoint(0.3, 0.0, 32) == -math.inf
     assert sigmoid_midpoint(0.3, 1.0, 32) == math.inf

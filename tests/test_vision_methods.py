@@ -146,6 +146,7 @@ def test_encoder_that_pools_its_patches_is_refused(name: str) -> None:
         ("prumerge_plus", {"branch": "static"}, r"prune\.branch: unknown value"),
         ("prumerge_plus", {"repeats": True}, r"prune\.repeats: only the fixed branch"),
         ("visionzip", {"dominant": 0}, r"prune\.dominant and prune\.contextual"),
+        ("visionzip", {"dominant": 10**30}, r"prune\.dominant: must be int"),
         ("visionzip", {"merge": "sum"}, r"prune\.merge: unknown value"),
         ("visionzip", {"order": "rank"}, r"prune\.order: unknown value"),
     ],
@@ -249,6 +250,16 @@ def test_constant_attention_keeps_every_patch(name: str) -> None:
     kept = method_of(TOWER, name)(images)
     assert bool(kept.keep.all())
     assert bool((kept.features.abs().sum(1) > 0).all())
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+@pytest.mark.parametrize("keep", [None, 0.01, 0.999])
+@pytest.mark.filterwarnings("ignore:a score curve is constant")
+def test_a_single_patch_stays_as_it_is(name: str, keep: float | None) -> None:
+    built = method_of(TOWER, name, keep)
+    top, besides = built.choose(torch.full((2, 1), 0.3), torch.ones(2, dtype=torch.long))
+    assert bool(top.all())
+    assert not bool(besides.any())
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("prumerge", 2), ("prumerge_plus", 4)])
@@ -383,3 +394,11 @@ def test_visionzip_shares_a_target_as_published(total: int, contextual: int) -> 
     method = method_of(TOWER, "visionzip", total / 576)
     assert isinstance(method, VisionZip)
     assert method.counts(576, 576) == (total - contextual, contextual)
+
+
+@pytest.mark.parametrize("options", [{"contextual": 0}, {"dominant": 500}])
+def test_visionzip_without_contextual_tokens(options: dict) -> None:
+    """No target: what is not dominant is dropped."""
+    images = images_of(TOWER, PIXELS)
+    kept = method_of(TOWER, "visionzip", 0.25, **options)(images)
+    assert int(kept.keep.sum()) == 5 * 9

@@ -67,7 +67,9 @@ def _tuned(out: Path, name: str, keep: float, seed: int) -> Line:
         found = [json.loads(line) for line in rows.read_text().splitlines()]
         return next(row for row in reversed(found) if row["method"] == name)
     log = folder.with_name(f"{folder.name}.log")
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    if not log.exists():
+        return {"reason": "not run"}
+    lines = log.read_text(encoding="utf-8").splitlines()
     told = [line for line in lines if line.startswith("error: ")]
     return {"reason": told[-1].removeprefix("error: ") if told else "the tuning failed"}
 
@@ -92,17 +94,19 @@ def _free(rows: Sequence[Line]) -> Line | None:
 def _score(rows: Sequence[Line], kinds: Sequence[str]) -> Line | None:
     if not rows:
         return None
-    if any("answers" not in row for row in rows):
-        return {"reason": next(row["reason"] for row in rows if "answers" not in row)}
-    right = [[int(digit) for digit in row["answers"]["right"]] for row in rows]
+    scored = [row for row in rows if "answers" in row]
+    if not scored:
+        return {"reason": rows[0]["reason"]}
+    right = [[int(digit) for digit in row["answers"]["right"]] for row in scored]
     by_kind = {
         kind: statistics.fmean(
             r for digits in right for r, k in zip(digits, kinds, strict=True) if k == kind
         )
         for kind in sorted(set(kinds))
     }
-    kept = statistics.fmean(row["answers"]["layer_average"] for row in rows)
-    return {**_spread([statistics.fmean(r) for r in right]), "by_kind": by_kind, "kept": kept}
+    kept = statistics.fmean(row["answers"]["layer_average"] for row in scored)
+    found = {"by_kind": by_kind, "kept": kept, "missing": len(rows) - len(scored)}
+    return {**_spread([statistics.fmean(r) for r in right]), **found}
 
 
 def _tokens(rows: Sequence[Line]) -> Line:
@@ -174,7 +178,9 @@ def _accuracy(found: Line | None) -> str:
         return NONE
     if "reason" in found:
         return str(found["reason"]).removeprefix("prune.keep: ")
-    return f"{100 * found['accuracy']:.1f} ± {100 * found['spread']:.1f}"
+    accuracy, seeds = f"{100 * found['accuracy']:.1f}", len(found["each"])
+    spread = f" ± {100 * found['spread']:.1f}" if seeds > 1 else ""
+    return accuracy + spread + (f" ({seeds} seed(s))" if found.get("missing") else "")
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -165,7 +165,9 @@ def sigmoid_midpoint(slope: float, average: float, depth: int) -> float:
     if average <= 0 or average >= 1:
         return math.inf if average >= 1 else -math.inf
     grown, rest = slope * depth * average, slope * depth * (1 - average)
-    return (grown + math.log(-math.expm1(-grown)) - math.log(-math.expm1(-rest))) / slope
+    # depth * average is grown / slope, which a steep slope would make infinite.
+    bend = math.log(-math.expm1(-grown)) - math.log(-math.expm1(-rest))
+    return depth * average + bend / slope
 
 
 @lru_cache(maxsize=1024)
@@ -189,6 +191,8 @@ def sigmoid_schedule(slope: float, keep: float, depth: int, method: str) -> tupl
     share = (keep * depth - 1) / max(rest, 1)
     if share <= TINY or share >= 1 - TINY:
         return (1.0, *([float(share > 0.5)] * rest))
+    if slope * rest <= TINY:  # level; the midpoint would be out of sight
+        return (1.0, *([share] * rest))
     guess, reach = sigmoid_midpoint(slope, share, rest), 1.0
     while not _mean(slope, guess - reach, rest) <= share <= _mean(slope, guess + reach, rest):
         reach *= 2

@@ -29,6 +29,8 @@ from itprune.tokens import Images, Kept, LayerTokens, fill, keep_all
 METRICS = ("keys", "features")
 PUBLISHED_MERGE = 252 / 576
 """What the released image code merges down to."""
+ROUNDING = 1e-3
+"""Lifts a product that float32 leaves just below a whole number of tokens."""
 PUBLISHED_SPAN = (13 / 32, 21 / 32)
 """First and last layer of the fall in a 7B model, as a share of its depth."""
 
@@ -79,7 +81,9 @@ class Aim(Layered):
         paper="2412.03248",
         count="schedule",
         notes="Published code masks dropped tokens, and their rows still enter the first step of "
-        "the walk; ours removes them and walks over the tokens alive, so scores differ slightly.",
+        "the walk; ours removes them and walks over the tokens alive, so scores differ slightly. "
+        "Merging is that of the image code, before the projector (published for video: behind it). "
+        "A keep sets how far is merged.",
     )
     places: tuple[str, ...] = ("before_llm", "layers")  # type: ignore[assignment, unused-ignore]
 
@@ -171,7 +175,7 @@ class Aim(Layered):
     def count(self, tokens: LayerTokens) -> Tensor:
         """(B,) how many visual tokens of each sample go on: the plan's share, rounded down."""
         share = self.plan()[tokens.layer]
-        return (tokens.entered * share + 1e-6).floor().long()
+        return (tokens.entered * share + ROUNDING).floor().long()
 
 
 def _asked(tokens: LayerTokens) -> Tensor:

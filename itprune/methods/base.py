@@ -103,7 +103,8 @@ class Method(nn.Module):
         if calibration is not None and calibration.host not in ({}, self.host.to_dict()):
             raise ValueError(
                 "calibration: it was made with another model "
-                f"({calibration.host['depth']} LLM layers of width {calibration.host['width']}, "
+                f"({calibration.host.get('depth')} LLM layers of width "
+                f"{calibration.host.get('width')}, "
                 f"here {self.depth} of {self.host.width}); run `itprune calibrate` on this one"
             )
         self.calibration = calibration

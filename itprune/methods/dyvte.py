@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -92,7 +92,8 @@ class Dyvte(Method):
         training="required",
         notes=(
             "Routers look at the first question only, so that later turns decide nothing. A keep "
-            "is met by a calibrated bias on the votes; the publication has no budget."
+            "is met by a calibrated bias on the votes; the publication has no budget. Each sample "
+            "of a batch exits on its own (published: one sample at a time)."
         ),
     )
     places = ("layers",)
@@ -171,15 +172,23 @@ class Dyvte(Method):
         """What is added to every vote; 0 without a target: the published rule."""
         if self.keep is None or self.keep == 1.0:
             return 0.0
-        found = self.calibration.found if self.calibration is not None else {}
-        if "bias" not in found:
+        found = self.calibration or Calibration()
+        share, bias = found.numbers("share"), found.numbers("bias")
+        if share is None or bias is None:
             warnings.warn(
                 f"keep={self.keep} is set but the routers are not calibrated, so they alone "
                 "decide; run `itprune calibrate` (training does it by itself)",
                 stacklevel=2,
             )
             return 0.0
-        return _nearest(found["share"], found["bias"], self.keep)
+        return _nearest(share, bias, self.keep)
+
+    def use(self, calibration: Calibration | None) -> None:
+        if calibration is not None:
+            share, bias = calibration.numbers("share"), calibration.numbers("bias")
+            if len(share or ()) != len(bias or ()):
+                raise ValueError("calibration: 'share' and 'bias' must be as many; make it anew")
+        super().use(calibration)
 
     @property
     def calibrates(self) -> bool:
@@ -290,7 +299,7 @@ def _layer_range(options: DyvteOptions, depth: int) -> tuple[int, ...]:
     return tuple(range(first, last + 1))
 
 
-def _nearest(share: list[float], bias: list[float], keep: float) -> float:
+def _nearest(share: Sequence[float], bias: Sequence[float], keep: float) -> float:
     """The bias whose share of a descending table is the nearest to `keep`."""
     at = bisect.bisect_left(share, -keep, key=lambda s: -s)
     choices = [i for i in (at - 1, at) if 0 <= i < len(share)]

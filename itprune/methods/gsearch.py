@@ -61,9 +61,10 @@ class GSearch(Scheduled):
         paper="2412.00556",
         count="schedule",
         training="calibration",
-        notes="No code is published. The published search takes no budget: prune.keep stretches "
-        "the schedule it found. The constrained search bisects and grants its tolerance evenly "
-        "with depth; option weight is the published Bayesian search of a weighted sum.",
+        notes="No code is published; whose attention ranks is ours (query). The published search "
+        "takes no budget: prune.keep stretches the schedule it found. The constrained search "
+        "bisects and grants its tolerance evenly with depth; option weight is the published "
+        "Bayesian search of a weighted sum.",
     )
 
     def find(self) -> tuple[float, ...]:
@@ -74,14 +75,13 @@ class GSearch(Scheduled):
         return found if self.keep is None else fit_schedule(found, self.keep, "gsearch")
 
     def _searched(self) -> tuple[float, ...] | None:
-        found = None if self.calibration is None else self.calibration.found.get("schedule")
-        return None if found is None else tuple(float(r) for r in found)
+        return None if self.calibration is None else self.calibration.numbers("schedule")
 
     def use(self, calibration: Calibration | None) -> None:
-        super().use(calibration)
-        found = self._searched()
+        found = None if calibration is None else calibration.numbers("schedule")
         if found is not None:
             check_schedule("calibration", found, self.depth)
+        super().use(calibration)
 
     @torch.no_grad()
     def after_layer(self, tokens: LayerTokens) -> Kept:

@@ -44,9 +44,9 @@ class PSigmoid(Scheduled):
         paper="2412.00556",
         count="schedule",
         training="calibration",
-        notes="No code is published. The first layer always runs on everything and the sigmoid "
-        "averages the rest of the budget; the searched score is the agreement with the dense "
-        "model.",
+        notes="No code is published; whose attention ranks is ours (query). The first layer "
+        "always runs on everything and the sigmoid averages the rest of the budget; the "
+        "searched score is the agreement with the dense model.",
     )
 
     def find(self) -> tuple[float, ...]:
@@ -59,9 +59,14 @@ class PSigmoid(Scheduled):
     def _slope(self) -> float:
         if self.options.slope is not None:
             return float(self.options.slope)
-        if self.calibration is not None and "slope" in self.calibration.found:
-            return float(self.calibration.found["slope"])
-        return default_slope(self.depth)
+        found = None if self.calibration is None else self.calibration.numbers("slope")
+        return default_slope(self.depth) if found is None else found[0]
+
+    def use(self, calibration: Calibration | None) -> None:
+        found = None if calibration is None else calibration.numbers("slope")
+        if found is not None and not (len(found) == 1 and found[0] > 0):
+            raise ValueError(f"calibration: 'slope' must be one positive number, got {found}")
+        super().use(calibration)
 
     @property
     def calibrates(self) -> bool:

@@ -77,8 +77,9 @@ class PruMerge(Method):
         count="dynamic",
         training="optional",
         needs=("cls",),
-        notes="As published, but quartiles per image, not per batch. With keep: the same share of "
-        "every image, or calibrated, the rule's counts scaled. Without CLS: attention received.",
+        notes="As published, but quartiles per image, not per batch, and an image without outliers "
+        "keeps its best patch. With keep: the same share of every image, or calibrated, the rule's "
+        "counts scaled. Without CLS: attention received.",
     )
     places = ("before_llm",)
     positions = "contiguous"
@@ -107,7 +108,7 @@ class PruMerge(Method):
 
     def by_count(self, score: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """The choice that makes `total` (n,) tokens of each image, that of the rest included."""
-        top = rank(score) < (total - 1)[:, None]
+        top = rank(score) < (total - 1).clamp(min=1)[:, None]  # a single patch is no rest
         return top, torch.zeros_like(top)
 
     @property

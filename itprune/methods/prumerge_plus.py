@@ -60,8 +60,9 @@ class PruMergePlus(PruMerge):
         count="dynamic",
         training="optional",
         needs=("cls",),
-        notes="As published in both branches (fixed: set repeats), but quartiles per image. With "
-        "keep: a quarter of the tokens by attention (fixed: half), the others on the grid.",
+        notes="As published in both branches (fixed: set repeats), but quartiles per image, no "
+        "outlier counts as one, and the grid's step is at least 1 (published: division by zero). "
+        "With keep: a quarter of the tokens by attention (fixed: half), the others on the grid.",
     )
     rule = "iqr+grid"
 
@@ -88,9 +89,10 @@ class PruMergePlus(PruMerge):
 
     def by_count(self, score: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         part = 4 if self.options.branch == "adaptive" else 2
-        by_attention = ((total - 1) // part).clamp(min=1).minimum(total - 1)
+        chosen = (total - 1).clamp(min=1)  # a single patch is no rest
+        by_attention = (chosen // part).clamp(min=1)
         top = rank(score) < by_attention[:, None]
-        more = total - 1 - by_attention
+        more = chosen - by_attention
         return top, even_grid(more, top) if self.repeats else even_others(more, top)
 
 

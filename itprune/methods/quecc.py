@@ -61,7 +61,8 @@ class Quecc(FixedSize):
         training="required",
         needs=("question", "grid"),
         notes=(
-            "Published weights load; the published MLP behind it is the model's own projector. "
+            "Published weights load; the published MLP behind it is the model's own projector. A "
+            "keep takes the kernel whose share is nearest. "
             "Ours: it starts near the blocks' mean, depths scale with the encoder, and an image "
             "without a question is compressed without one."
         ),

@@ -52,6 +52,8 @@ class ScheduleOptions:
         check_query(self.query)
         if self.trials < 1:
             raise ValueError(f"prune.trials: must be at least 1, got {self.trials}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"prune.seed: must lie in 0..2^32 - 1, got {self.seed}")
 
 
 class Scheduled(Layered):

@@ -67,7 +67,9 @@ class Setok(Method):
         notes=(
             "Understanding only: the detokenizer and its reconstruction stage are left out. Into "
             "the model's own projector instead of a Linear to 4096 and a new MLP. Ours: a keep "
-            "takes that share of the best-scored centres, and fresh mixers return the plain means."
+            "takes that share of the best-scored centres, fresh mixers return the plain means, the "
+            "positions' weight in them is learned from 0 (published: 1), ties go by place (seed: "
+            "the published noise), no dropout."
         ),
     )
     places = ("before_llm",)

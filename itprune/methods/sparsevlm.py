@@ -76,7 +76,9 @@ class SparseVLM(Layered):
         "tokens rated by the relevant words of the question, dropped ones recycled as means",
         paper="2410.04417",
         notes="Recycled means take the slots of their clusters' centres within the count, instead "
-        "of slots behind the image on top of it. count: rank is dynamic and ignores keep.",
+        "of slots behind the image on top of it. Raters are chosen anew at every drop, by the "
+        "image tokens still alive (published: once, by all). count: rank is dynamic and ignores "
+        "keep.",
     )
     positions = "contiguous"
 

@@ -114,6 +114,8 @@ class VisionZip(Method):
 
     def _contextual(self, images: Images, content: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
         """(n, C, D) targets and what is assigned to them, of the (n, R, D) tokens left over."""
+        if not len(targets):
+            return content[:, :0]
         metric = take(patch_keys(images, images.feature_block).mean(1), rest)
         weights = target_weights(metric, targets, include=self.options.merge == "mean")
         return combine(content, weights)

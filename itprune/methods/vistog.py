@@ -112,7 +112,8 @@ class Vistog(FixedSize):
         needs=("grid",),
         notes=(
             "No published code: after the paper's description and GroupViT's block. Ours: groups "
-            "are plain means at the start, and an empty group keeps its semantic token."
+            "are plain means at the start, their semantic token enters with a learned weight from "
+            "0 (published: 1), and an empty group is its semantic token."
         ),
     )
     places = ("tower", "before_llm")

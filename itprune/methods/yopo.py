@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ class Yopo(Method):
         notes="keep sets the cut layer (keep = cut / depth), since all visual tokens are alive "
         "before it; what window, heads and narrow feed-forward spare there comes on top and is in "
         "FLOPs, not in keep. In the mode zero_after_softmax visual tokens stay alive in all "
-        "layers: window and feed-forward get cheaper, heads and the cut do not.",
+        "layers: window and feed-forward get cheaper, heads and the cut do not. That mode is the "
+        "published arithmetic; remove renormalises. Published for LLaVA with the LLM tuned under "
+        "it, and with thresholds on the heads' ratios, which here follow from the share asked for.",
     )
     places = ("layers", "compute")
 
@@ -144,8 +147,22 @@ class Yopo(Method):
 
     # ------------------------------------------------------------------------ heads
     def use(self, calibration: Calibration | None) -> None:
+        if calibration is not None and "heads" in calibration.found:
+            self._check_heads(calibration.found["heads"])
         super().use(calibration)
         self._treated = None
+
+    def _check_heads(self, rows: Any) -> None:
+        listed = rows if isinstance(rows, list) and all(isinstance(r, list) for r in rows) else [[]]
+        here = self.host.heads
+        wrong = next((len(row) for row in listed if len(row) != here), None)
+        if wrong is not None:
+            raise ValueError(
+                f"prune.heads: the calibration is for {wrong} heads, this model has {here}; "
+                "calibrate on this model"
+            )
+        for row in listed:
+            Calibration(found={"heads": row}).numbers("heads")
 
     def _heads(self, layer: int) -> Tensor | None:
         """(H,) bool of a layer, or None where all are active."""
@@ -169,11 +186,6 @@ class Yopo(Method):
         """One (H,) mask a recorded layer, with the share asked for on average before the cut."""
         assert self.options.heads is not None
         score = torch.tensor(calibration.found["heads"], dtype=torch.float64)  # (layers, H)
-        if score.ndim != 2 or score.shape[1] != self.host.heads:
-            raise ValueError(
-                f"prune.heads: the calibration is for {score.shape[-1]} heads, this model has "
-                f"{self.host.heads}; calibrate on this model"
-            )
         layers = min(self.cut, len(score))
         free = score[WHOLE_LAYERS:layers].flatten()
         if len(free) == 0:
