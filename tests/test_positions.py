@@ -13,13 +13,6 @@ from tests.models import ASSISTANT, ROWS, batch, prompts, tiny_llava
 PROMPT = PromptFormat((0, 1, 2, *ASSISTANT), ASSISTANT)
 METHODS = ("vtc_cls", "pyramiddrop", "visionzip+pyramiddrop", "quecc", "aim")
 LATER = (*METHODS, "topk_cls+pyramiddrop")
-    "vtc_cls",
-    "pyramiddrop",
-    "visionzip+pyramiddrop",
-    "topk_cls+pyramiddrop",
-    "quecc",
-    "aim",
-)
 
 
 def answered(side: str = "left") -> dict[str, Tensor]:
