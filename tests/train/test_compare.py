@@ -88,10 +88,17 @@ def test_the_table_has_means_spreads_and_reasons(study: Path) -> None:
 
 
 def test_a_tuning_that_left_nothing_says_so(study: Path) -> None:
-    found = merge(study, [0], [0.22], ["visionzip"])
-    (line,) = (line for line in found["lines"] if line["method"] == "visionzip")
-    assert line["free"] is None
-    assert line["tuned"] == {"reason": "the tuning failed"}
+    def told() -> dict:
+        found = merge(study, [0], [0.22], ["visionzip"])
+        (line,) = (line for line in found["lines"] if line["method"] == "visionzip")
+        assert line["free"] is None
+        return line["tuned"]
+
+    assert told() == {"reason": "not run"}
+    log = study / "tuned" / "visionzip-0.22-0.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("killed\n")
+    assert told() == {"reason": "the tuning failed"}
 
 
 def test_entries_become_overrides() -> None:
