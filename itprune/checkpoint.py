@@ -248,7 +248,7 @@ def _record(
     if method is not None and method != config.method:
         final = config.keep.to if isinstance(config.keep, Schedule) else config.keep
         config = PruneConfig(method, final, options=dict(options or {}))
-        record = dataclasses.replace(record, config=config)
+        record = dataclasses.replace(record, config=config, calibration=None)
     elif options:
         config = config.replace(options={**config.options, **options})
     if keep is not None:

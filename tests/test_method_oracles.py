@@ -218,6 +218,29 @@ def test_answers_choose_nothing(name: str) -> None:
         assert first == [r.token.tolist() for r in rows["rows"]]
 
 
+@cases("captions")
+def test_an_answer_may_follow_an_image_directly(name: str) -> None:
+    """The position before an answer stays, whatever a method makes of the image."""
+    with attached(name, train=True) as (model, _):
+        loss = model(**caption()).loss
+        loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_shrunk_image_has_nothing_for_a_slot_that_must_stay() -> None:
+    with (
+        attached("downsample", train=True, keep=0.03) as (model, _),
+        pytest.raises(ValueError, match="an answer follows an image directly"),
+    ):
+        model(**caption())
+
+
+def caption() -> dict[str, Tensor]:
+    ids = torch.tensor([[1, *[IMAGE] * 36, 9, 8, 7]])
+    labels = torch.where(torch.arange(40) > 36, ids, -100)
+    return {"input_ids": ids, "labels": labels, "pixel_values": batch((ROWS[0],))["pixel_values"]}
+
+
 @cases("counted")
 def test_the_report_counts_what_layers_really_see(name: str) -> None:
     counted: list[int] = []

@@ -114,6 +114,15 @@ class VisionPass:
             return features
         self.kept = keep.nonzero()[:, 0]
         flat = images.features if kept.features is None else kept.features
+        beside = keep & ~kept.keep
+        if kept.features is not None and bool(beside.any()):
+            # A protected slot the method left empty holds what was there, where that is known.
+            if len(images.features) != len(beside):
+                raise ValueError(
+                    "an answer follows an image directly; put some text between them, or choose a "
+                    "method that does not shrink the image"
+                )
+            flat = torch.where(beside[:, None], images.features, flat)
         return flat[self.kept][None]
 
     def restore(self, projected: Tensor) -> Tensor:
