@@ -81,8 +81,8 @@ class Aim(Layered):
         paper="2412.03248",
         count="schedule",
         notes="Published code masks dropped tokens, and their rows still enter the first step of "
-        "the walk; ours removes them and walks over the tokens alive, up to the end of the question, "
-        "so that answers decide nothing; scores differ slightly. "
+        "the walk; ours removes them and walks over the tokens alive, up to the question's end, so "
+        "that answers decide nothing; scores differ slightly. "
         "Merging is that of the image code, before the projector (published for video: behind it). "
         "A keep sets how far is merged.",
     )
