@@ -144,7 +144,8 @@ def test_an_installed_package_brings_its_methods(tmp_path: Path) -> None:
     info = tmp_path / "brightest-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brightest\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[itprune.methods]\nbrightest = brightest\n")
+    points = "[itprune.methods]\nbrightest = brightest\nbroken = nowhere_to_be_found\n"
+    (info / "entry_points.txt").write_text(points)
     code = "import itprune; print('brightest_outside' in itprune.methods())"
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(tmp_path), str(root)])
@@ -156,6 +157,7 @@ def test_an_installed_package_brings_its_methods(tmp_path: Path) -> None:
         check=True,
     )
     assert answer.stdout.strip() == "True"
+    assert "'broken' of nowhere_to_be_found is left out" in answer.stderr
     assert "brightest_outside" not in methods()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -88,9 +89,15 @@ def _build_part(name: str, options: Any, host: Host) -> Method:
 
 @cache
 def _load_entry_points() -> None:
-    """Imports what installed packages offer under the entry-point group `itprune.methods`."""
+    """Imports what installed packages offer under the entry-point group `itprune.methods`; one that
+    is broken is told of and left out."""
     for point in entry_points(group="itprune.methods"):
-        point.load()
+        try:
+            point.load()
+        except (ImportError, AttributeError, ValueError) as error:
+            warnings.warn(
+                f"method {point.name!r} of {point.value} is left out: {error}", stacklevel=2
+            )
 
 
 # Importing a method's file registers it.
