@@ -13,6 +13,16 @@ from itprune.comparing.entries import CONTROLS, DENSE
 from train.scenes import majority_accuracy
 
 NONE = "–"
+SHORT = {
+    "needs training": "needs training",
+    "out of reach": "out of reach",
+    "lowest reachable": "out of reach",
+    "is less than": "out of reach",
+    "not run": "not run",
+    "the tuning failed": "the tuning failed",
+}
+"""What a reason says -> what the table does; table.json has the sentence."""
+UNKNOWN = "refused"
 SCORED_BESIDE = 64
 """Samples `itprune compare` sets aside by default."""
 Line = dict[str, Any]
@@ -152,8 +162,24 @@ def render(record: Line) -> str:
     titles = ["method", "keep", "training-free", "to dense", "tuned", "visual tokens"]
     titles += ["layer average", "KV entries", "prefill", "training step"]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    rows += [f"| {' | '.join(_cells(line))} |" for line in record["lines"]]
-    return "\n".join([head, "", *rows])
+    shown = [line for line in record["lines"] if _has_figure(line)]
+    rows += [f"| {' | '.join(_cells(line))} |" for line in shown]
+    return "\n".join([head, "", *rows, "", *_left_out(record["lines"])])
+
+
+def _has_figure(line: Line) -> bool:
+    return any("accuracy" in (line[part] or {}) for part in ("free", "tuned"))
+
+
+def _left_out(lines: Sequence[Line]) -> list[str]:
+    """What has no figure at a budget, and why, one item a budget."""
+    found: dict[float, list[str]] = {}
+    for line in lines:
+        if not _has_figure(line):
+            told = [_accuracy(line[part]) for part in ("free", "tuned") if line[part] is not None]
+            why = ", ".join(dict.fromkeys(told))
+            found.setdefault(line["keep"], []).append(f"`{line['method']}` ({why})")
+    return [f"- No figure at {keep:.2f}: {', '.join(names)}." for keep, names in found.items()]
 
 
 def _cells(line: Line) -> list[str]:
@@ -177,7 +203,7 @@ def _accuracy(found: Line | None) -> str:
     if found is None:
         return NONE
     if "reason" in found:
-        return str(found["reason"]).removeprefix("prune.keep: ")
+        return next((short for sign, short in SHORT.items() if sign in found["reason"]), UNKNOWN)
     accuracy, seeds = f"{100 * found['accuracy']:.1f}", len(found["each"])
     spread = f" ± {100 * found['spread']:.1f}" if seeds > 1 else ""
     return accuracy + spread + (f" ({seeds} seed(s))" if found.get("missing") else "")

@@ -83,7 +83,8 @@ def test_the_table_has_means_spreads_and_reasons(study: Path) -> None:
     assert lines["setok"]["layer_average"] == 0.2
     text = render(found)
     assert "| `topk_cls` | 0.22 | 85.0 ± 7.1 | -5.0 | 100.0 ± 0.0 | 32 | 0.220 | 99 |" in text
-    assert "| `fastv` | 0.22 | out of reach | – | out of reach | – |" in text
+    assert "- No figure at 0.22: `fastv` (out of reach)." in text
+    assert "| `fastv`" not in text
     assert "2 seed(s)" in text
 
 
