@@ -304,7 +304,7 @@ def make_tokens(
         droppable_text=nothing,
         instruction_lens=torch.zeros(len(lens), dtype=torch.long),
         asks=nothing,
-        last=nothing,
+        last=nothing.index_fill(0, torch.tensor(lens).cumsum(0) - 1, True),
         hidden=torch.zeros(len(sample), 4),
         embedded=lambda: torch.zeros(len(sample), 4),
         heads=unused,
