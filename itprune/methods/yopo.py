@@ -76,8 +76,9 @@ class Yopo(Method):
         "before it; what window, heads and narrow feed-forward spare there comes on top and is in "
         "FLOPs, not in keep. In the mode zero_after_softmax visual tokens stay alive in all "
         "layers: window and feed-forward get cheaper, heads and the cut do not. That mode is the "
-        "published arithmetic; remove renormalises. Published for LLaVA-1.5 with the LLM tuned under "
-        "it, and with thresholds on the heads' ratios, which here follow from the share asked for.",
+        "published arithmetic; remove renormalises. Published for LLaVA-1.5 with the LLM tuned "
+        "under it, and with thresholds on the heads' ratios, which here follow from the share "
+        "asked for.",
     )
     places = ("layers", "compute")
 
