@@ -42,6 +42,12 @@ def check_fraction(where: str, value: float | None) -> None:
         raise ValueError(f"{where}: must be a fraction in (0, 1], got {value!r}")
 
 
+def check_positive(where: str, value: int | None) -> None:
+    """Raises ValueError unless `value` is None or a count of at least 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{where}: must be at least 1, got {value}")
+
+
 def from_mapping(
     cls: type[T], values: Mapping[str, Any], where: str, siblings: Iterable[str] = ()
 ) -> T:

@@ -86,16 +86,19 @@ class Images:
 
         An encoder without CLS is scored by the mean attention each token receives.
         """
-        block = self.block(self.feature_block)
+        score = self.patch_score(name, self.feature_block)
+        return (self.with_cls(score) if self.has_cls else score).flatten()
+
+    def patch_score(self, name: str, index: int) -> Tensor:
+        """(n, P) float32: one of `SCORES` for the patches, at block `index`."""
+        block = self.block(index)
         if not self.has_cls:
-            return attention_received(block.query, block.key, block.scale).flatten()
+            return attention_received(block.query, block.key, block.scale)
         if name == "attention":
-            score = cls_attention(block.query, block.key, block.scale)
-        elif name == "cosine":
-            score = cls_cosine(block.hidden)
-        else:
-            score = cls_attention_full_width(block.query, block.key)
-        return self.with_cls(score).flatten()
+            return cls_attention(block.query, block.key, block.scale)
+        if name == "cosine":
+            return cls_cosine(block.hidden)
+        return cls_attention_full_width(block.query, block.key)
 
     def with_cls(self, score: Tensor) -> Tensor:
         """(n, P) patch scores -> (n, V / n); a CLS that is itself a visual token always stays."""

@@ -26,6 +26,16 @@ def answered(side: str = "left") -> dict[str, Tensor]:
     }
 
 
+def row_of(data: dict[str, Tensor], row: int, pictures: slice) -> dict[str, Tensor]:
+    """One row of a batch, without its padding."""
+    mask = data["attention_mask"][row].bool()
+    return {
+        "input_ids": data["input_ids"][row, mask][None],
+        "attention_mask": torch.ones(1, int(mask.sum()), dtype=torch.long),
+        "pixel_values": data["pixel_values"][pictures],
+    }
+
+
 def config(name: str, positions: str | None = None) -> PruneConfig:
     options = {"kernel": 2} if name == "quecc" else {}
     keep = None if name == "quecc" else 0.5
@@ -62,12 +72,7 @@ def test_beams_of_a_batch_are_beams_of_its_rows(name: str) -> None:
         found = model.generate(**data, **how)[:, -4:]
         images = {0: slice(0, 1), 1: slice(1, 3)}
         for row, pictures in images.items():
-            mask = data["attention_mask"][row].bool()
-            alone = {
-                "input_ids": data["input_ids"][row, mask][None],
-                "attention_mask": torch.ones(1, int(mask.sum()), dtype=torch.long),
-                "pixel_values": data["pixel_values"][pictures],
-            }
+            alone = row_of(data, row, pictures)
             assert torch.equal(model.generate(**alone, **how)[0, -4:], found[row])
 
 
@@ -128,12 +133,7 @@ def test_images_of_later_turns_go_on_where_earlier_ones_ended(name: str) -> None
 def test_an_assistant_model_may_guess_behind_the_prompt(name: str) -> None:
     """Its guesses are in the prompt's own forward, and some are cropped away again."""
     model, data = tiny_llava(), answered()
-    row = data["attention_mask"][0].bool()
-    one = {
-        "input_ids": data["input_ids"][0, row][None],
-        "attention_mask": torch.ones(1, int(row.sum()), dtype=torch.long),
-        "pixel_values": data["pixel_values"][:1],
-    }
+    one = row_of(data, 0, slice(0, 1))
     how = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [290]}
     torch.manual_seed(0)
     with attach(model, config(name), prompt=PROMPT):
@@ -143,12 +143,7 @@ def test_an_assistant_model_may_guess_behind_the_prompt(name: str) -> None:
 
 def test_a_speculating_assistant_crops_what_was_decoded() -> None:
     model, data = tiny_llava(), answered()
-    row = data["attention_mask"][0].bool()
-    one = {
-        "input_ids": data["input_ids"][0, row][None],
-        "attention_mask": torch.ones(1, int(row.sum()), dtype=torch.long),
-        "pixel_values": data["pixel_values"][:1],
-    }
+    one = row_of(data, 0, slice(0, 1))
     how = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [290]}
     with attach(model, config("vtc_cls"), prompt=PROMPT):
         plain = model.generate(**one, **how)

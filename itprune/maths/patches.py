@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from itprune.options import check_choice
-from itprune.scores import attention_received, cls_attention, cls_attention_full_width
 from itprune.tokens import Images, Kept, fill, spread
 
 PATCH_SCORES = ("attention", "full_width")
@@ -36,12 +35,7 @@ def patch_attention(images: Images, block: int, score: str = "attention") -> Ten
         ValueError: an unknown score.
     """
     check_choice("score", score, PATCH_SCORES)
-    seen = images.block(block)
-    if not images.has_cls:
-        return attention_received(seen.query, seen.key, seen.scale)
-    if score == "full_width":
-        return cls_attention_full_width(seen.query, seen.key)
-    return cls_attention(seen.query, seen.key, seen.scale)
+    return images.patch_score(score, block)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from itprune.host import Host
 from itprune.methods import register_method
 from itprune.methods.base import Card, Method, Trial
 from itprune.methods.exits import Votes, exit_table
-from itprune.options import check_choice
+from itprune.options import check_choice, check_positive
 from itprune.ragged import group_sizes
 from itprune.tokens import Kept, LayerTokens
 
@@ -58,8 +58,7 @@ class DyvteOptions:
     def __post_init__(self) -> None:
         check_choice("prune.batch", self.batch, BATCH)
         for name, value in (("hidden", self.hidden), ("rank", self.rank)):
-            if value is not None and value < 1:
-                raise ValueError(f"prune.{name}: must be at least 1, got {value}")
+            check_positive(f"prune.{name}", value)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from itprune.maths.search import maximise
 from itprune.methods import register_method
 from itprune.methods.base import Card, Trial
 from itprune.methods.scheduled import Scheduled, ScheduleOptions, default_keep, default_slope
+from itprune.options import check_positive
 from itprune.tokens import Kept, LayerTokens
 
 
@@ -47,8 +48,7 @@ class GSearchOptions(ScheduleOptions):
             raise ValueError(f"prune.tolerance: must be in [0, 1), got {self.tolerance}")
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"prune.weight: must be positive, got {self.weight}")
-        if self.every < 1:
-            raise ValueError(f"prune.every: must be at least 1, got {self.every}")
+        check_positive("prune.every", self.every)
 
 
 @register_method("gsearch")

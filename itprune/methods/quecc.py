@@ -24,6 +24,7 @@ from itprune.maths.querying import QuestionCompressor
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.fixed_size import FixedSize
+from itprune.options import check_positive
 from itprune.tokens import Images, Kept, fill, spread
 
 PUBLISHED_KERNEL = 6
@@ -44,10 +45,8 @@ class QueccOptions:
     """Attention heads; must divide the vision encoder's width."""
 
     def __post_init__(self) -> None:
-        if self.kernel is not None and self.kernel < 1:
-            raise ValueError(f"prune.kernel: must be at least 1, got {self.kernel}")
-        if self.heads < 1:
-            raise ValueError(f"prune.heads: must be at least 1, got {self.heads}")
+        check_positive("prune.kernel", self.kernel)
+        check_positive("prune.heads", self.heads)
 
 
 @register_method("quecc")

@@ -17,6 +17,7 @@ from torch import Tensor
 from itprune.host import Host
 from itprune.maths.schedule import check_schedule, drops
 from itprune.methods.layered import Layered, check_query
+from itprune.options import check_positive
 from itprune.tokens import LayerTokens
 
 KEEP = 0.125
@@ -50,8 +51,7 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         check_query(self.query)
-        if self.trials < 1:
-            raise ValueError(f"prune.trials: must be at least 1, got {self.trials}")
+        check_positive("prune.trials", self.trials)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"prune.seed: must lie in 0..2^32 - 1, got {self.seed}")
 

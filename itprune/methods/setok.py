@@ -23,6 +23,7 @@ from itprune.maths.grids import patch_rows, sine_positions
 from itprune.methods import register_method
 from itprune.methods.base import Card, Method
 from itprune.methods.fixed import fixed_count
+from itprune.options import check_positive
 from itprune.tokens import Images, Kept, fill
 
 
@@ -48,9 +49,7 @@ class SetokOptions:
         if self.threshold < 0:
             raise ValueError(f"prune.threshold: must not be negative, got {self.threshold}")
         for name in ("neighbours", "fallback", "layers", "heads"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"prune.{name}: must be at least 1, got {value}")
+            check_positive(f"prune.{name}", getattr(self, name))
 
 
 @register_method("setok")

@@ -27,7 +27,7 @@ from itprune.maths.schedule import bend_stages
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.layered import Layered, alive, check_layers, check_share, keep_best
-from itprune.options import check_choice
+from itprune.options import check_choice, check_positive
 from itprune.ragged import group_sizes, pad_groups, top_per_group
 from itprune.tokens import Kept, LayerTokens
 
@@ -59,8 +59,7 @@ class SparseVLMOptions:
     def __post_init__(self) -> None:
         check_choice("prune.count", self.count, COUNTS)
         check_share("prune.recycle", self.recycle)
-        if self.cluster < 1:
-            raise ValueError(f"prune.cluster: must be at least 1, got {self.cluster}")
+        check_positive("prune.cluster", self.cluster)
         if self.scale < 0:
             raise ValueError(f"prune.scale: must not be negative, got {self.scale}")
         for fraction in self.fractions or ():

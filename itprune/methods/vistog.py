@@ -28,6 +28,7 @@ from itprune.maths.grids import patch_rows
 from itprune.methods import register_method
 from itprune.methods.base import Card
 from itprune.methods.fixed_size import FixedSize
+from itprune.options import check_positive
 from itprune.tokens import Images, Kept, fill, spread
 
 PUBLISHED_TOKENS = 64
@@ -43,8 +44,7 @@ class VistogOptions:
     """Of the Gumbel softmax in training; lower is nearer to a hard choice."""
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"prune.tokens: must be at least 1, got {self.tokens}")
+        check_positive("prune.tokens", self.tokens)
         if self.temperature <= 0:
             raise ValueError(f"prune.temperature: must be above 0, got {self.temperature}")
 

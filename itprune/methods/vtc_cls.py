@@ -15,6 +15,7 @@ from itprune.maths.patches import patch_attention
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host, Method
 from itprune.methods.fixed import fixed_count
+from itprune.options import check_positive
 from itprune.ragged import top_per_group
 from itprune.tokens import Images, Kept
 
@@ -30,8 +31,7 @@ class VtcClsOptions:
     """Tokens of each image when keep is null; published for 64, 128 and 256."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"prune.tokens: must be at least 1, got {self.tokens}")
+        check_positive("prune.tokens", self.tokens)
 
 
 @register_method("vtc_cls")
