@@ -6,12 +6,14 @@ An adapter names modules of a stock transformers model. It owns no forward and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from itprune.geometry import Geometry
 from itprune.host import Host
 
 if TYPE_CHECKING:
@@ -29,15 +31,28 @@ class FeedForward:
     """The submodule that takes them in."""
 
 
+@dataclass(frozen=True)
+class Added:
+    """Features a decoder adds to its visual tokens behind the first layers."""
+
+    visual: Tensor
+    """(B, S) bool: which positions."""
+    levels: list[Tensor]
+    """Behind layer i: (V, W), a row for each of these positions in order."""
+
+
 class Family(ABC):
     """One architecture. Instances are made for one model."""
 
     has_cls: bool
     """The vision encoder puts a class token first."""
+    position_axes: int = 1
+    """Position ids of a token: 1, or 3 (time, row, column)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    # ------------------------------------------------------------------------ language model
     @property
     def text_model(self) -> PreTrainedModel:
         """The decoder that owns `layers`."""
@@ -49,9 +64,14 @@ class Family(ABC):
         return cast(nn.ModuleList, self.text_model.layers)
 
     @property
+    def placeholders(self) -> dict[str, int]:
+        """What fills visual slots of `input_ids`: image, video -> token id."""
+        return {"image": self.model.config.image_token_id}
+
+    @property
     def visual_token_ids(self) -> tuple[int, ...]:
-        """Placeholder ids in `input_ids`, one per visual token."""
-        return (self.model.config.image_token_id,)
+        """All placeholder ids."""
+        return tuple(self.placeholders.values())
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's rotary tables (B, L, d) for position ids (B, L)."""
@@ -74,6 +94,15 @@ class Family(ABC):
             return None
         return FeedForward(block, first if names.issuperset(first) else (), "down_proj")
 
+    def added_after_layers(self, kwargs: dict[str, Any]) -> Added | None:
+        """Takes out of the decoder's arguments what it would add to visual tokens between layers.
+
+        Returns:
+            What the engine is to add instead, at the tokens that stay; None: this decoder adds
+            nothing, and `kwargs` is untouched.
+        """
+        return None
+
     def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
         """Where visual tokens stand on their images.
 
@@ -83,11 +112,15 @@ class Family(ABC):
         Returns:
             (n,) how many of them each image has, and (n, 2) rows and columns of its grid; tokens
             beyond the grid stand first. By default all images have the usual size.
+
+        Raises:
+            ValueError: images differ in size, so that counts alone do not tell.
         """
         rows, columns = self.host.grid
         images = count // (rows * columns)
         return torch.full((images,), rows * columns), torch.tensor([[rows, columns]] * images)
 
+    # ------------------------------------------------------------------------ vision encoder
     @property
     @abstractmethod
     def tower(self) -> PreTrainedModel:
@@ -102,10 +135,57 @@ class Family(ABC):
     def block_attention(self, block: nn.Module) -> nn.Module:
         """An encoder block's attention module."""
 
+    def query_key(self, block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """The projections to queries and keys, where a block's attention does not hand keywords
+        on to its kernel; None: it does."""
+        return None
+
     @property
     @abstractmethod
     def feature_block(self) -> int:
-        """0-based index of the block whose output becomes the features."""
+        """0-based index of the block whose attention scores the features."""
+
+    @property
+    @abstractmethod
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The modules between encoder and language model: what `projector` training trains."""
+
+    @property
+    @abstractmethod
+    def usual_grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens of an image of the usual size."""
+
+    @property
+    def vision_shape(self) -> tuple[int, int]:
+        """Width and attention heads of the encoder."""
+        config = self.tower.config
+        return config.hidden_size, config.num_attention_heads
+
+    @property
+    def host(self) -> Host:
+        """The shape methods are built for."""
+        text = self.text_model.config
+        width, heads = self.vision_shape
+        return Host(
+            depth=len(self.layers),
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            vision_blocks=len(self.blocks),
+            vision_width=width,
+            vision_heads=heads,
+            feature_block=self.feature_block,
+            has_cls=self.has_cls,
+            grid=self.usual_grid,
+        )
+
+    @abstractmethod
+    def blank_image(self) -> dict[str, Tensor]:
+        """Keyword arguments of `get_image_features` for one blank image, for batches of text."""
+
+
+class PatchFamily(Family):
+    """Visual tokens are the encoder's patches one by one, through a pointwise projector: methods
+    act before it, and only what they keep is projected."""
 
     @property
     @abstractmethod
@@ -127,22 +207,48 @@ class Family(ABC):
         subset of the tokens."""
 
     @property
-    def host(self) -> Host:
-        """The shape methods are built for."""
-        text, vision = self.text_model.config, self.tower.config
-        side = vision.image_size // vision.patch_size
-        return Host(
-            depth=len(self.layers),
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            vision_blocks=len(self.blocks),
-            vision_width=vision.hidden_size,
-            vision_heads=vision.num_attention_heads,
-            feature_block=self.feature_block,
-            has_cls=self.has_cls,
-            grid=(side, side),
-        )
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.projector,)
+
+    @property
+    def usual_grid(self) -> tuple[int, int]:
+        config = self.tower.config
+        side = config.image_size // config.patch_size
+        return side, side
+
+
+class TokenFamily(Family):
+    """Visual tokens are what `get_image_features` and `get_video_features` return, whatever merging
+    or arranging the host does before: methods act on these."""
+
+    @property
+    def vision_shape(self) -> tuple[int, int]:
+        """The finished tokens are as wide as the language model."""
+        return self.text_model.config.hidden_size, super().vision_shape[1]
 
     @abstractmethod
-    def blank_image(self) -> dict[str, Tensor]:
-        """Keyword arguments of `get_image_features` for one blank image, for batches of text."""
+    def geometry(self, kind: str, arguments: Mapping[str, Any]) -> Geometry:
+        """Where the tokens of one call stand.
+
+        Args:
+            kind: image or video.
+            arguments: of `get_image_features` or `get_video_features`, by name.
+
+        Raises:
+            ValueError: sizes that make no grid.
+        """
+
+    def shrink(
+        self, kind: str, arguments: Mapping[str, Any], grids: list[tuple[int, int]]
+    ) -> dict[str, Any] | None:
+        """Arguments of a call on the same images made smaller.
+
+        Args:
+            kind: image or video.
+            arguments: as in `geometry`.
+            grids: rows and columns of tokens wanted for each grid of `geometry`.
+
+        Returns:
+            The arguments; None: the encoder takes one size only.
+        """
+        return None

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from itprune.families import register_family
-from itprune.families.base import Family
+from itprune.families.base import PatchFamily
 
 
 @register_family("llava")
-class Llava(Family):
+class Llava(PatchFamily):
     """`LlavaForConditionalGeneration`."""
 
     has_cls = True
