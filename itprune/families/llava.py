@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from itprune.families import register_family
 from itprune.families.base import PatchFamily
+from itprune.families.features import feature_block
 
 
 @register_family("llava")
@@ -40,16 +41,7 @@ class Llava(PatchFamily):
 
     @property
     def feature_block(self) -> int:
-        layer = self.model.config.vision_feature_layer
-        layer = layer if isinstance(layer, int) else layer[-1]
-        # hidden_states has one entry more than there are blocks: entry f is block f - 1's output.
-        index = layer - 1 if layer > 0 else len(self.blocks) + layer
-        if layer == 0 or not 0 <= index < len(self.blocks):
-            raise ValueError(
-                f"vision_feature_layer {layer} of this model is not the output of one of its "
-                f"{len(self.blocks)} vision blocks, so there is no attention to score with"
-            )
-        return index
+        return feature_block(self.model.config.vision_feature_layer, len(self.blocks))
 
     def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
         rows, columns = self.host.grid

@@ -1,0 +1,24 @@
+"""Which encoder block makes the features, where a model's config names it `vision_feature_layer`."""
+
+from __future__ import annotations
+
+
+def feature_block(layer: int | list[int], blocks: int) -> int:
+    """0-based index of the block whose output becomes the features.
+
+    Args:
+        layer: `vision_feature_layer`; of several, whose features are joined, the last one counts.
+        blocks: of the encoder.
+
+    Raises:
+        ValueError: a layer that is no block's output.
+    """
+    layer = layer if isinstance(layer, int) else layer[-1]
+    # hidden_states has one entry more than there are blocks: entry f is block f - 1's output.
+    index = layer - 1 if layer > 0 else blocks + layer
+    if layer == 0 or not 0 <= index < blocks:
+        raise ValueError(
+            f"vision_feature_layer {layer} of this model is not the output of one of its "
+            f"{blocks} vision blocks, so there is no attention to score with"
+        )
+    return index
