@@ -60,4 +60,4 @@ def find_family(model: PreTrainedModel) -> Family:
 
 
 # Importing a family's file registers it.
-from itprune.families import llava  # noqa: E402, F401
+from itprune.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl  # noqa: E402, F401
