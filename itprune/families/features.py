@@ -1,4 +1,4 @@
-"""Which encoder block makes the features, where a model's config names it `vision_feature_layer`."""
+"""Which block makes the features, where a model's config has `vision_feature_layer`."""
 
 from __future__ import annotations
 
