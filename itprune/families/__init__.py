@@ -60,4 +60,15 @@ def find_family(model: PreTrainedModel) -> Family:
 
 
 # Importing a family's file registers it.
-from itprune.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl  # noqa: E402, F401
+from itprune.families import (  # noqa: E402, F401
+    gemma3,
+    idefics3,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
