@@ -20,13 +20,10 @@ from tests.models import ASSISTANT, DEPTH, PAD, collate, prompts
 __all__ = ["ASSISTANT", "DEPTH", "NAMES", "VIDEO_FAMILIES", "batch", "build", "prompts"]
 
 
-def build(name: str, attention: str = "sdpa", **text: object) -> hf.PreTrainedModel:
+def build(name: str, **text: object) -> hf.PreTrainedModel:
     """A tiny model with attention that is not flat; the same weights every time."""
     torch.manual_seed(0)
     model = FAMILIES[name].build({**TEXT, **text})
-    for part in model.modules():
-        if isinstance(part, hf.PreTrainedModel):
-            part.config._attn_implementation = attention
     generator = torch.Generator().manual_seed(1)
     for weight_name, weight in model.named_parameters():
         if weight.ndim >= 2:
@@ -294,6 +291,7 @@ FAMILIES = {
     "smolvlm": Tiny(configs.smolvlm, _marked_tiles),
     "gemma3": Tiny(configs.gemma3, _squares, _image_types),
     "paligemma": Tiny(configs.paligemma, _squares, _suffix_types),
+    "paligemma_2": Tiny(configs.paligemma_2, _squares, _suffix_types),
 }
 NAMES = tuple(FAMILIES)
 VIDEO_FAMILIES = tuple(name for name, tiny in FAMILIES.items() if tiny.video)

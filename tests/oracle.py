@@ -84,7 +84,12 @@ def masked(model: torch.nn.Module, drops: list[Tensor | None]) -> Iterator[None]
             mask = kwargs["attention_mask"]
             if mask is None:
                 mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            return args, {**kwargs, "attention_mask": mask.expand(samples, 1, -1, -1) & ~hidden}
+            mask = mask.expand(samples, 1, -1, -1)
+            if mask.dtype == torch.bool:
+                mask = mask & ~hidden
+            else:  # added to the scores
+                mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            return args, {**kwargs, "attention_mask": mask}
 
         handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     try:
