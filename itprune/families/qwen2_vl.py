@@ -108,7 +108,7 @@ class Qwen2Vl(TokenFamily):
 
     def shrink(
         self, kind: str, arguments: Mapping[str, Any], grids: list[tuple[int, int]]
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
         """All frames of a video get the size wanted for its first: the encoder takes one a video.
 
         Sizes of the old pictures that a caller worked out beforehand (`image_cu_seqlens`, …) are

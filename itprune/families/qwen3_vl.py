@@ -6,6 +6,7 @@ Changes to the host: none; the engine adds these features instead, to the tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,3 +31,8 @@ class Qwen3Vl(Qwen2Vl):
             return None
         kwargs["visual_pos_masks"] = kwargs["deepstack_visual_embeds"] = None
         return Added(visual, list(levels))
+
+    def shrink(self, kind: str, arguments: Mapping[str, Any], grids: list[tuple[int, int]]) -> None:
+        """Features of a smaller picture would have no place: those that are added between layers
+        are one for each slot of the whole one."""
+        return None
