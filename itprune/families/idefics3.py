@@ -48,12 +48,18 @@ class Idefics3(SiglipFamily):
         pixels, merge = arguments["pixel_values"], self.model.config.scale_factor
         patch = self.tower.config.patch_size
         side, connector = square_side(pixels, (patch, patch), merge), self.model.model.connector
+        count = self.real_tiles(pixels)
+        if not count:
+            raise ValueError(
+                "pixel_values: all tiles are zeros, which this model leaves out as padding; leave "
+                "pixel_values out of a batch without images"
+            )
 
         def pool(values: Tensor) -> Tensor:
             shuffled = connector.pixel_shuffle(values.view(-1, side * side, 1), merge)
             return shuffled.mean(-1).flatten()
 
-        return tiles(self.real_tiles(pixels), (side // merge, side // merge), pool)
+        return tiles(count, (side // merge, side // merge), pool)
 
     def real_tiles(self, pixels: Tensor) -> int:
         """How many of (B, tiles, C, height, width) tiles the host encodes."""
