@@ -14,20 +14,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from itprune.attach import base_model
 from itprune.checkpoint import Loaded
 from itprune.decoding import Clock, Decoding, RowSampler, row_seed
+from itprune.families import find_family
+from itprune.inputs import PER_TOKEN, join, plain_prompt, reserved_texts, takes_suffix
 from itprune.question import Question
 from itprune.report import Report, Segment
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One question as tensors of one row."""
+    """One question: tensors of its tokens (T,), and image inputs as the processor lays them out."""
 
     inputs: Mapping[str, Tensor]
     prepare_s: float
@@ -35,7 +37,7 @@ class Encoded:
     @property
     def length(self) -> int:
         """Prompt tokens, image tokens included."""
-        return self.inputs["input_ids"].shape[1]
+        return len(self.inputs["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,13 @@ class Answerer:
         self.decoding = decoding or Decoding()
         self.model = base_model(loaded.model)
         self.processor: Any = loaded.processor
-        if not self.processor.chat_template:
+        self.plain = takes_suffix(self.processor)
+        if not self.plain and not self.processor.chat_template:
             raise ValueError("the model's processor has no chat template, so it cannot be asked")
+        self.reserved = reserved_texts(self.processor)
+        self.visual_ids = torch.tensor(find_family(self.model).visual_token_ids)
         self.text_config = self.model.config.get_text_config()
-        self.turn_end = self._turn_end()
+        self.turn_end = "" if self.plain else self._turn_end()
         self.stops = _stops(self.model.generation_config, self.processor.tokenizer)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
@@ -111,19 +116,12 @@ class Answerer:
             ValueError: the prompt does not fit the model's context, or the processor refuses it.
         """
         start = time.perf_counter()
-        processor = self.processor
         texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
-        if any(processor.image_token in text for text in texts):
-            raise ValueError(f"the text contains {processor.image_token}, the model's image token")
-        text = self._render([self._ended(m) for m in question.messages], prompt=True)
-        bos = processor.tokenizer.bos_token
-        inputs = processor(
-            text=[text],
-            images=list(question.images) or None,
-            add_special_tokens=bos is None or not text.startswith(bos),
-            return_tensors="pt",
-        )
-        encoded = Encoded(dict(inputs), time.perf_counter() - start)
+        for token in self.reserved:
+            if any(token in text for text in texts):
+                raise ValueError(f"the text contains {token}, a token of the model's images")
+        inputs = self._inputs(question)
+        encoded = Encoded(inputs, time.perf_counter() - start)
         if encoded.length >= self.text_config.max_position_embeddings:
             raise ValueError(
                 f"the prompt has {encoded.length} tokens with its images, but the model's context "
@@ -131,10 +129,31 @@ class Answerer:
             )
         return encoded
 
+    def _inputs(self, question: Question) -> dict[str, Tensor]:
+        """The processor's tensors; those of tokens without their batch axis."""
+        options = {}
+        if self.plain:
+            text = plain_prompt(question.messages, self.processor.image_token)
+        else:
+            text = self._render([self._ended(m) for m in question.messages], prompt=True)
+            bos = self.processor.tokenizer.bos_token
+            options["add_special_tokens"] = bos is None or not text.startswith(bos)
+        # Images of a row together: some families cut a lone image into tiles, but not several.
+        images = [list(question.images)] if question.images else None
+        inputs = self.processor(text=[text], images=images, return_tensors="pt", **options)
+        return {
+            key: value[0] if key in PER_TOKEN else value
+            for key, value in inputs.items()
+            if key != "labels"  # which some make of every prompt
+        }
+
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
-        )
+        try:
+            return self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these turns ({error})") from None
 
     def _turn_end(self) -> str:
         """What training writes behind an answer where the template ends no turn (LLaVA-1.5)."""
@@ -191,19 +210,17 @@ class Answerer:
         return min(self.decoding.max_new_tokens, left)
 
     def collate(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Token tensors padded on the left; image tensors joined along their first axis."""
-        width = max(encoded.length for encoded in batch)
+        """Token tensors padded on the left; image tensors joined along their first axis.
+
+        Raises:
+            ValueError: images that do not fit into one tensor.
+        """
         device, dtype = self.model.device, self.model.dtype
-        pad = {"input_ids": self._pad_id()}
-        out: dict[str, Tensor] = {}
-        for key in dict.fromkeys(key for encoded in batch for key in encoded.inputs):
-            rows = [e.inputs[key] for e in batch if key in e.inputs]
-            if key in ("input_ids", "attention_mask") or key.endswith("token_type_ids"):
-                fill = pad.get(key, 0)
-                rows = [F.pad(row, (width - row.shape[1], 0), value=fill) for row in rows]
-            joined = torch.cat(rows)
-            out[key] = joined.to(device, dtype if joined.is_floating_point() else None)
-        return out
+        joined = join([encoded.inputs for encoded in batch], self._pad_id(), "left")
+        return {
+            key: value.to(device, dtype if value.is_floating_point() else None)
+            for key, value in joined.items()
+        }
 
     def _pad_id(self) -> int:
         pad = self.processor.tokenizer.pad_token_id
@@ -234,7 +251,7 @@ class Answerer:
     # -------------------------------------------------------------------------------- figures
     def _dense_report(self, inputs: Mapping[str, Tensor]) -> Report:
         valid = inputs["attention_mask"].sum(1)
-        visual = (inputs["input_ids"] == self.processor.image_token_id).sum(1)
+        visual = torch.isin(inputs["input_ids"], self.visual_ids.to(valid.device)).sum(1)
         depth = self.text_config.num_hidden_layers
         return Report(depth, valid, visual, [Segment(0, valid, visual)])
 

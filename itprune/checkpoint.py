@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from itprune.attach import Attached, attach, base_model
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig, Schedule
+from itprune.inputs import load_processor
 from itprune.prompt import PromptFormat
 from itprune.trained import is_trained
 
@@ -159,13 +160,15 @@ def load_pretrained(
         device: default CUDA where there is one.
 
     Raises:
-        ValueError: a wrong folder, missing weights, an unknown family, method or option.
+        ValueError: a wrong folder, missing weights, an unknown family, method or option, a package
+            that this model's processor needs.
     """
     folder = Path(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_folder(folder)
+    processor = load_processor(folder)  # first: what it lacks is known before gigabytes are read
     model = _load_model(folder, dtype or (torch.float32 if device.type == "cpu" else "auto"), merge)
     model.to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
     record = _record(folder, processor, keep, method, options)
     attached = None
     if record is not None:
@@ -195,12 +198,15 @@ def _fill(attached: Attached, folder: Path) -> None:
     attached.method.load_state_dict(load_file(weights))
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Module:
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
+    if not (folder / ADAPTER_FILE).exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}; not a model")
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Module:
     if not (folder / ADAPTER_FILE).exists():
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}; not a model")
         return _load_base(folder, dtype)
     from peft import PeftModel  # slow to import, and needed only here
 

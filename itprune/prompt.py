@@ -31,6 +31,18 @@ def _suffix(tokenizer: Any, text: str, start: str) -> tuple[int, ...]:
     return ()
 
 
+def _between(processor: Any, asked: str) -> tuple[int, ...]:
+    """Tokens between a question that ends in "word" and its answer, for templates that write the
+    same whether an answer is due or not (Mistral's "[/INST]")."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": "answer"}]}
+    turn = {"role": "user", "content": [{"type": "text", "text": "word"}]}
+    text = str(processor.apply_chat_template([turn, said], tokenize=False))
+    end = asked.rpartition("word")[2]
+    if not text.startswith(asked) or not end.strip():
+        return ()
+    return _suffix(processor.tokenizer, asked, asked[: -len(end)])
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """Token ids of a chat template."""
@@ -55,6 +67,7 @@ class PromptFormat:
 
         template = tokenizer.encode(render("", True), add_special_tokens=False)
         prefix = _suffix(tokenizer, render("word", True), render("word", False))
+        prefix = prefix or _between(processor, render("word", False))
         return cls(tuple(sorted({*special, *template, *prefix})), prefix)
 
     def protected(self, ids: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ is added to the embeddings. It also keeps the optimizer's state independent of h
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 
+from itprune.engine.request import PIXELS
+from itprune.families import find_family
 from train.model import base_of
 
 
@@ -21,29 +23,34 @@ class BlankImage:
 
     Args:
         model: the model that trains, PEFT-wrapped or not.
-        processor: makes the image inputs.
         training: also in training mode; else only in evaluation.
     """
 
-    def __init__(self, model: Any, processor: Any, training: bool = True) -> None:
+    def __init__(self, model: Any, training: bool = True) -> None:
         self.base = base_of(model)
-        image = Image.new("RGB", (64, 64))
-        self.inputs = dict(processor.image_processor(images=[image], return_tensors="pt"))
+        self.family = find_family(self.base)
         self.training = training
         self.needed = False
         self.base.register_forward_pre_hook(self._look, with_kwargs=True)
-        self.base.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
+        self.family.text_model.register_forward_pre_hook(self._add, with_kwargs=True)
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         wanted = self.training or not module.training
-        self.needed = wanted and kwargs.get("pixel_values") is None
+        self.needed = wanted and all(kwargs.get(name) is None for name in PIXELS)
 
     def _add(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self.needed:
             return None
         embeds = kwargs["inputs_embeds"]
-        inputs = {key: value.to(embeds.device) for key, value in self.inputs.items()}
-        output = self.base.get_image_features(**inputs).pooler_output
-        features = output if isinstance(output, torch.Tensor) else torch.cat(tuple(output))
-        nothing = (0.0 * features.sum()).to(embeds.dtype)
-        return args, {**kwargs, "inputs_embeds": embeds + nothing}
+        output = self.base.get_image_features(**self.family.blank_image(), return_dict=True)
+        made = [0.0 * tensor.sum() for tensor in tensors(output) if tensor.requires_grad]
+        return args, {**kwargs, "inputs_embeds": embeds + sum(made, embeds.new_zeros(()))}
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """All tensors of an encoder's output: some families add more than one level of features."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors(part)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ class Meter:
 
     Args:
         attached: the pruner, or None for a dense run.
-        image_token_id: the placeholder of a visual token.
+        visual_ids: the placeholders of visual tokens.
     """
 
-    def __init__(self, attached: Any | None, image_token_id: int) -> None:
+    def __init__(self, attached: Any | None, visual_ids: Sequence[int]) -> None:
         self.attached = attached
-        self.image_token_id = image_token_id
+        self.visual_ids = torch.tensor(visual_ids)
         self._seen: list[torch.Tensor] = []
         self._steps = 0
         self._time = 0.0
@@ -42,7 +43,8 @@ class Meter:
 
     def batch(self, batch: dict[str, torch.Tensor]) -> None:
         """A batch enters; counted as tensors so that a device is not waited for."""
-        visual = batch["input_ids"] == self.image_token_id
+        ids = batch["input_ids"]
+        visual = torch.isin(ids, self.visual_ids.to(ids.device))
         self._seen.append(torch.stack([batch["attention_mask"].sum(), visual.sum()]))
 
     def step(self) -> None:

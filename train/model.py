@@ -1,8 +1,9 @@
 """The model that trains: base weights, what is frozen, adapters.
 
-Safetensors only, no code from a checkpoint is ever run. A model has three parts, found by structure
-and not by family: `vision` (the encoder), `language` (decoder and head) and `projector` (what lies
-between). A method with trained parts adds a fourth, `pruner`, when it is attached.
+Safetensors only, no code from a checkpoint is ever run. A model has three parts, which its family
+tells apart: `vision` (the encoder), `language` (decoder and head) and `projector` (what lies
+between, newline vectors included). A method with trained parts adds a fourth, `pruner`, when it is
+attached.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from itprune import inputs
+from itprune.families import find_family
 from train.config import Recipe
 from train.sections import PARTS, LoraSection
 
-PROJECTORS = ("multi_modal_projector", "connector", "merger", "image_newline")
-HEADS = ("lm_head",)
 PRUNER = "pruner"
 """Name of the attached method inside the model, and of its part."""
 
@@ -29,18 +30,12 @@ def load_processor(path: str) -> Any:
     """The processor of the base model.
 
     Raises:
-        ValueError: the folder or hub name has none.
+        ValueError: there is none, or it needs a package that is not installed.
     """
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model.path: {path}: no processor ({_first_line(error)})") from None
-    for name in ("tokenizer", "image_processor"):
-        if name not in processor.get_attributes():
-            raise ValueError(f"model.path: {path}: its processor has no {name}")
-    return processor
+        return inputs.load_processor(path)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
 
 
 def load_model(recipe: Recipe, bf16: bool) -> Any:
@@ -64,9 +59,9 @@ def load_model(recipe: Recipe, bf16: bool) -> Any:
         set_seed(recipe.trainer.get("seed", 42))
         model = add_lora(model, recipe.lora)
     else:
-        trained = _trained_parts(recipe)
+        trained, parts = _trained_parts(recipe), parts_of(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(model, name) in trained)
+            parameter.requires_grad_(parts[name] in trained)
     widen_trained(model, section.dtype)
     return model
 
@@ -103,7 +98,7 @@ def add_lora(model: Any, section: LoraSection) -> Any:
     """Wraps the model with adapters on its language model."""
     from peft import LoraConfig, get_peft_model
 
-    decoder = _name_of(model, model.get_decoder())
+    decoder = _name_of(model, find_family(model).text_model)
     targets = "|".join(re.escape(name) for name in section.target)
     saved = list(section.modules_to_save)
     if section.train_projector:
@@ -121,28 +116,40 @@ def add_lora(model: Any, section: LoraSection) -> Any:
         raise ValueError(f"lora: {_first_line(error)}") from None
 
 
-def projector_names(model: nn.Module) -> list[str]:
-    """Last names of the modules between vision and language."""
-    last = (name.rpartition(".")[2] for name, _ in model.named_modules())
-    return sorted({name for name in last if name in PROJECTORS})
+def projector_names(model: Any) -> list[str]:
+    """Names of the modules between vision and language; a list of modules by its members."""
+    names = []
+    for module in find_family(model).projectors:
+        members = module if isinstance(module, nn.ModuleList) else [module]
+        names += [_name_of(model, member) for member in members]
+    return names
 
 
-def part_of(model: Any, name: str) -> str:
-    """The part a parameter of an unwrapped model belongs to."""
-    path = name.split(".")
-    if path[0] == PRUNER:
-        return PRUNER
-    if any(piece in PROJECTORS for piece in path):
-        return "projector"
-    if path[0] in HEADS or name.startswith(_name_of(model, model.get_decoder()) + "."):
-        return "language"
-    return "vision"
+def parts_of(model: Any) -> dict[str, str]:
+    """The part of every parameter of an unwrapped model, by its name."""
+    family = find_family(model)
+    owners = {
+        "vision": [family.tower],
+        "language": [family.text_model, model.get_output_embeddings()],
+        "projector": family.projectors,  # last: some stand inside the encoder
+    }
+    found = {
+        id(parameter): part
+        for part, modules in owners.items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    return {
+        name: PRUNER if name.startswith(f"{PRUNER}.") else found.get(id(parameter), "projector")
+        for name, parameter in model.named_parameters()
+    }
 
 
 def trains_images(model: Any) -> bool:
     """Whether a weight that only images reach is trained."""
     base = base_of(model)
-    text = [*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()]
+    decoder = find_family(base).text_model
+    text = [*decoder.parameters(), *base.get_output_embeddings().parameters()]
     reached = {id(parameter) for parameter in text}
     return any(p.requires_grad and id(p) not in reached for p in model.parameters())
 

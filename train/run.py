@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from itprune.families import find_family
 from train.arguments import on_cpu, training_arguments
 from train.bad_samples import BadSamples
 from train.blank import BlankImage
@@ -23,7 +24,7 @@ from train.model import (
     check_trains,
     load_model,
     load_processor,
-    part_of,
+    parts_of,
     trains_images,
 )
 from train.pruning import (
@@ -76,8 +77,9 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     routing = recipe.mode == "router"
     if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled():
         # In training on several ranks the pruner does the same by itself.
-        BlankImage(model, processor, training=recipe.prune is None or args.world_size == 1)
-    meter = Meter(None if routing else attached, processor.image_token_id)
+        BlankImage(model, training=recipe.prune is None or args.world_size == 1)
+    visual_ids = find_family(base_of(model)).visual_token_ids
+    meter = Meter(None if routing else attached, visual_ids)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
     if needs_calibration(attached):
         workers = args.dataloader_num_workers
@@ -124,7 +126,8 @@ def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> 
     whole = total and not is_deepspeed_zero3_enabled()
     share = f"{trained:,} of {total:,} weights" if whole else "sharded weights"
     base = base_of(trainer.model)
-    parts = {part_of(base, name) for name, p in base.named_parameters() if p.requires_grad}
+    owner = parts_of(base)
+    parts = {owner[name] for name, p in base.named_parameters() if p.requires_grad}
     plugin = trainer.accelerator.state.deepspeed_plugin
     keep = "dense" if recipe.prune is None else f"keep {recipe.prune.to_dict()['keep']}"
     return (

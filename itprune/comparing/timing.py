@@ -24,6 +24,7 @@ from itprune.comparing.answering import Encodings
 from itprune.comparing.data import Sample
 from itprune.comparing.entries import Case
 from itprune.comparing.subject import Subject
+from itprune.inputs import PER_TOKEN
 
 Progress = Callable[[str], None]
 
@@ -122,15 +123,14 @@ class Stopwatch:
 def _with_answer(answerer: Answerer, prompt: Encoded, sample: Sample) -> Encoded:
     """The prompt with its answer and the token that ends it behind."""
     text = sample.answers[0] + (answerer.processor.tokenizer.eos_token or "")
-    said = answerer.processor.tokenizer.encode(
-        text, add_special_tokens=False, return_tensors="pt"
-    ).long()
+    said = torch.tensor(answerer.processor.tokenizer.encode(text, add_special_tokens=False))
     inputs: dict[str, Tensor] = dict(prompt.inputs)
     for name, value in prompt.inputs.items():
         if name == "input_ids":
-            inputs[name] = torch.cat([value, said], 1)
-        elif name == "attention_mask" or name.endswith("token_type_ids"):
-            inputs[name] = F.pad(value, (0, said.shape[1]), value=int(name == "attention_mask"))
+            inputs[name] = torch.cat([value, said])
+        elif name in PER_TOKEN:  # without a template, types tell the answer from the prompt
+            filled = int(name == "attention_mask" or answerer.plain)
+            inputs[name] = F.pad(value, (0, len(said)), value=filled)
     return Encoded(inputs, prompt.prepare_s)
 
 

@@ -193,7 +193,7 @@ def test_a_prompt_has_the_tokens_of_training(
     asked = Answerer(loaded).encode(question).inputs
     opener = ImageOpener(pictures, strict=False)
     trained = Encoder(loaded.processor, 512)(llava_sample(record), opener)
-    prompt = asked["input_ids"][0]
+    prompt = asked["input_ids"]
     assert torch.equal(trained["input_ids"][: len(prompt)], prompt)
     assert torch.equal(trained["pixel_values"], asked["pixel_values"])
     assert int((prompt == tokenizer.bos_token_id).sum()) == (adds_bos or template == MARKED)

@@ -76,7 +76,7 @@ def test_a_blank_image_lets_text_reach_every_trained_weight(make: Any) -> None:
     model = load_model(recipe, bf16=False)
     batch = dict(processor(text=["USER: What is 1? ASSISTANT: One."], return_tensors="pt"))
     plain = model(**batch, labels=batch["input_ids"]).loss
-    BlankImage(model, processor)
+    BlankImage(model)
     blank = model(**batch, labels=batch["input_ids"]).loss
     blank.backward()
     assert torch.equal(plain, blank)

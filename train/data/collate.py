@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from train.data.encode import IGNORED
+from itprune.inputs import join
 
 BAD = "bad"
 """Key of the bad samples met while a batch was read: (index, place, reason). The trainer takes it
@@ -29,28 +27,16 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, side: str = "right") -> None:
-        self.side = side
-        self.fill = {
-            "input_ids": pad_token_id,
-            "attention_mask": 0,
-            "labels": IGNORED,
-            "token_type_ids": 0,
-            "mm_token_type_ids": 0,
-        }
+        self.pad_token_id, self.side = pad_token_id, side
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns (B, T) text tensors, joined image tensors and the list of bad samples."""
+        """Returns (B, T) text tensors, joined image tensors and the list of bad samples.
+
+        Raises:
+            ValueError: images that do not fit into one tensor.
+        """
         bad = [item for sample in samples for item in sample.get(BAD, ())]
         if any("input_ids" not in sample for sample in samples):
             return {BAD: bad}
-        keys = dict.fromkeys(key for sample in samples for key in sample if key != BAD)
-        batch: dict[str, Any] = {BAD: bad}
-        for key in keys:
-            tensors = [sample[key] for sample in samples if key in sample]
-            batch[key] = self._pad(tensors, key) if key in self.fill else torch.cat(tensors)
-        return batch
-
-    def _pad(self, rows: list[torch.Tensor], key: str) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=self.fill[key], padding_side=self.side
-        )
+        rows = [{k: v for k, v in sample.items() if k != BAD} for sample in samples]
+        return {BAD: bad, **join(rows, self.pad_token_id, self.side)}

@@ -3,7 +3,8 @@
 Supervised are the assistant turns, each with the token that ends it. Where the template marks them
 ({% generation %}) its marks are used; otherwise growing prefixes of the conversation are rendered,
 and a turn is what rendering it adds. A template that ends no turn (stock LLaVA-1.5) gets the
-end-of-sequence token, or the model would never learn to stop.
+end-of-sequence token, or the model would never learn to stop. A processor without a template that
+takes a prompt and its answer (PaliGemma) writes the labels itself.
 
 Shapes: T tokens of the sample, N images; pixel values keep the processor's own layout.
 """
@@ -15,13 +16,21 @@ from bisect import bisect_right
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from itprune.inputs import (
+    IGNORED,
+    PER_TOKEN,
+    placeholder_ids,
+    plain_prompt,
+    reserved_texts,
+    takes_suffix,
+)
 from itprune.question import IMAGE
 from train.data.images import ImageOpener
 from train.data.sample import BadSample, Sample, Turn
 
-IGNORED = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
 
@@ -38,15 +47,18 @@ class Encoder:
     """
 
     def __init__(self, processor: Any, max_length: int) -> None:
-        if not processor.chat_template:
+        self.plain = takes_suffix(processor)
+        if not self.plain and not processor.chat_template:
             raise ValueError("the processor has no chat template, so conversations cannot be read")
         if not processor.tokenizer.is_fast:
             raise ValueError("the tokenizer is a slow one; a tokenizer.json is needed for labels")
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
-        self.has_marks = GENERATION.search(processor.chat_template) is not None
-        self.adds_end = not self._ends_turns()
+        self.reserved = reserved_texts(processor)
+        self.visual_ids = torch.tensor(placeholder_ids(processor))
+        self.has_marks = not self.plain and GENERATION.search(processor.chat_template) is not None
+        self.adds_end = not self.plain and not self._ends_turns()
 
     def __call__(self, sample: Sample, open_image: ImageOpener) -> dict[str, Any]:
         """Encodes one sample.
@@ -58,60 +70,70 @@ class Encoder:
             BadSample: an image cannot be opened, or no supervised token is left.
         """
         messages = self._messages(sample)
-        text, spans = self._render(messages)
         images = [open_image(image) for image in sample.images]
+        if self.plain:
+            return self._finish(self._with_suffix(messages, images))
+        text, spans = self._render(messages)
+        inputs = self._process(
+            images,
+            text=[text],
+            add_special_tokens=not self._starts_with_bos(text),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets = inputs.pop("offset_mapping")[0].tolist()
+        replaced = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
+        spans = [_shift(span, replaced) for span in spans]
+        taught = torch.tensor([any(_overlap(o, span) for span in spans) for o in offsets])
+        ids = inputs["input_ids"]
+        return self._finish({**inputs, "labels": torch.where(taught[None], ids, IGNORED)})
+
+    def _with_suffix(self, messages: list[dict[str, Any]], images: list[Any]) -> dict[str, Any]:
+        *before, last = messages
+        if last["role"] != "assistant":
+            raise BadSample("no answer at its end, and this model's processor has no chat template")
+        try:
+            prompt = plain_prompt(before, self.processor.image_token)
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+        answer = " ".join(part["text"] for part in last["content"])
+        return self._process(images, text=[prompt], suffix=[answer])
+
+    def _process(self, images: list[Any], **options: Any) -> dict[str, Any]:
+        """The processor's tensors; images of a sample together, as some families want it."""
         try:
             inputs = self.processor(
-                text=[text],
-                images=images or None,
-                add_special_tokens=not self._starts_with_bos(text),
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
+                images=[images] if images else None, return_tensors="pt", **options
             )
         except ValueError as error:
             raise BadSample(f"the processor refuses it: {str(error).splitlines()[0]}") from None
-        return self._finish(dict(inputs), spans)
+        return dict(inputs)
 
-    def _finish(self, inputs: dict[str, Any], spans: list[Span]) -> dict[str, Any]:
-        offsets = inputs.pop("offset_mapping")[0]
-        replaced = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
-        spans = [_shift(span, replaced) for span in spans]
-        ids = list(inputs.pop("input_ids")[0])
-        labels = [
-            token if any(_overlap(offset, span) for span in spans) else IGNORED
-            for token, offset in zip(ids, offsets, strict=True)
-        ]
-        length = self._cut(ids)
-        if all(label == IGNORED for label in labels[1:length]):
+    def _finish(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        length = self._cut(inputs["input_ids"][0])
+        encoded = {
+            key: value[0, :length] if key in PER_TOKEN else value for key, value in inputs.items()
+        }
+        if bool((encoded["labels"][1:] == IGNORED).all()):
             raise BadSample(
                 f"no supervised token in its first {self.max_length} tokens (data.max_length)"
             )
-        encoded = {
-            "input_ids": torch.tensor(ids[:length]),
-            "attention_mask": torch.ones(length, dtype=torch.long),
-            "labels": torch.tensor(labels[:length]),
-        }
-        inputs.pop("attention_mask", None)
-        for key, value in inputs.items():
-            if key in ("token_type_ids", "mm_token_type_ids"):
-                encoded[key] = torch.tensor(list(value[0])[:length])
-            else:
-                encoded[key] = _tensor(value)
         return encoded
 
-    def _cut(self, ids: list[int]) -> int:
+    def _cut(self, ids: torch.Tensor) -> int:
         """The length to keep; an image is never cut in two."""
-        image = self.processor.image_token_id
-        if image in ids[self.max_length :]:
+        if bool(torch.isin(ids[self.max_length :], self.visual_ids).any()):
             raise BadSample(f"its images need more than data.max_length = {self.max_length} tokens")
         return min(len(ids), self.max_length)
 
     def _messages(self, sample: Sample) -> list[dict[str, Any]]:
-        image_token = self.processor.image_token
         messages = []
         for turn in sample.turns:
-            if any(image_token in part for part in turn.parts if part != IMAGE):
-                raise BadSample(f"the text itself contains {image_token}")
+            texts = [part for part in turn.parts if part != IMAGE]
+            for token in self.reserved:
+                if any(token in text for text in texts):
+                    raise BadSample(f"the text itself contains {token}")
             messages.append({"role": turn.role, "content": self._content(turn)})
         return messages
 
@@ -149,13 +171,16 @@ class Encoder:
     def _template(
         self, messages: list[dict[str, Any]], prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[Span]]:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.processor.chat_template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marks,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.processor.chat_template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marks,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise BadSample(f"the chat template refuses its turns ({error})") from None
         return texts[0], [tuple(span) for span in spans[0]] if marks else []
 
     def _ends_turns(self) -> bool:
@@ -181,9 +206,3 @@ def _shift(span: Span, replaced: list[dict[str, Any]]) -> Span:
 
 def _overlap(token: Span, span: Span) -> bool:
     return token[0] < span[1] and token[1] > span[0]
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.stack([torch.as_tensor(item) for item in value])
