@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.engine import Engine
+from itprune.engine.request import PIXELS
 from itprune.families import find_family
-from itprune.methods import build_method
+from itprune.families.base import Family, PatchFamily
+from itprune.methods import build_method, method_class, methods
 from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
 from itprune.report import Report, Totals
@@ -138,6 +140,7 @@ def attach(
     _refuse_second(inner)
     family = find_family(inner)
     method = build_method(config.method, config.options, family.host)
+    _refuse_misfit(inner.config.model_type, family, method, config)
     method.use(calibration)
     method.share(config.keep_at(0.0 if model.training else 1.0))
     prompt = prompt or PromptFormat(_special_ids(inner))
@@ -147,6 +150,20 @@ def attach(
     except ValueError:
         unregister_trained(inner, method)
         raise
+
+
+def _refuse_misfit(model_type: str, family: Family, method: Method, config: PruneConfig) -> None:
+    if method.needs_patches and not isinstance(family, PatchFamily):
+        fitting = (name for name in methods() if not method_class(name).needs_patches)
+        raise ValueError(
+            f"prune.method: {config.method} reads the vision encoder's patches one by one, but in "
+            f"{model_type} a visual token is not one of them; choose one of: {', '.join(fitting)}"
+        )
+    if config.positions == "contiguous" and family.position_axes > 1:
+        raise ValueError(
+            "prune.positions: contiguous positions are defined for models with one position id a "
+            f"token, and {model_type} has {family.position_axes}; set prune.positions: original"
+        )
 
 
 def _refuse_second(model: PreTrainedModel) -> None:
@@ -255,7 +272,7 @@ def _aside(attached: Attached) -> Iterator[None]:
 def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
     rows, count = [], 0
     for batch in batches:
-        if batch.get("pixel_values") is None:
+        if all(batch.get(name) is None for name in PIXELS):
             continue
         rows.append(batch)
         count += len(batch["input_ids"])

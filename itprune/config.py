@@ -16,9 +16,10 @@ from itprune.options import check_choice, check_fraction, from_mapping, to_plain
 
 POSITIONS = ("original", "contiguous")
 LAYOUTS = ("packed", "padded")
+VIDEO = ("frame", "clip")
 LABEL_ONLY_LOGITS = ("pruned", "always", "never")
 SHAPES = ("linear", "cosine")
-COMMON = ("method", "keep", "positions", "layout", "label_only_logits")
+COMMON = ("method", "keep", "positions", "video", "layout", "label_only_logits")
 """Keys of the `prune` section that every method has."""
 
 
@@ -68,6 +69,9 @@ class PruneConfig:
     positions: str | None = None
     """Position ids of what stays: original, contiguous (renumbered after each drop), or null: as
     the method was published."""
+    video: str = "frame"
+    """What a budget is for in a video: frame, each frame has its own; clip, all frames share one,
+    so that frames which say more keep more."""
     layout: str = "packed"
     """packed: one row of all samples' tokens, no padding; padded: rows padded to the longest."""
     label_only_logits: str = "pruned"
@@ -83,6 +87,7 @@ class PruneConfig:
             check_fraction("prune.keep", self.keep)
         if self.positions is not None:
             check_choice("prune.positions", self.positions, POSITIONS)
+        check_choice("prune.video", self.video, VIDEO)
         check_choice("prune.layout", self.layout, LAYOUTS)
         check_choice("prune.label_only_logits", self.label_only_logits, LABEL_ONLY_LOGITS)
 
@@ -110,6 +115,7 @@ class PruneConfig:
             "method": self.method,
             "keep": keep,
             "positions": self.positions,
+            "video": self.video,
             "layout": self.layout,
             "label_only_logits": self.label_only_logits,
             **to_plain(dict(self.options)),

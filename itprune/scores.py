@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_LOGITS = 1 << 24
+"""Attention logits held at a time; 64 MiB."""
+
 
 @torch.no_grad()
 def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -52,11 +55,28 @@ def cls_cosine(hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """Mean attention each token receives: the substitute where an encoder has no CLS.
+
+    Args:
+        query: (n, H, T, d).
+        key: (n, H, T, d).
+        scale: softmax scale of the layer.
+        mask: (n, 1, T, T) bool, True = seen; None: everything.
 
     Returns:
         (n, T) float32.
     """
-    logits = (query @ key.transpose(-1, -2)).float() * scale
-    return torch.softmax(logits, -1).mean((1, 2))
+    images, heads, length, _ = query.shape
+    total = query.new_zeros(images, length, dtype=torch.float32)
+    # A few rows of queries at a time: a map of all of them would not fit for thousands of patches.
+    rows = max(MOST_LOGITS // max(images * heads * length, 1), 1)
+    for start in range(0, length, rows):
+        part = slice(start, start + rows)
+        logits = (query[:, :, part] @ key.transpose(-1, -2)).float() * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, :, part], -1e30)
+        total += torch.softmax(logits, -1).sum((1, 2))
+    return total / (heads * length)

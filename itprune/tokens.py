@@ -34,6 +34,18 @@ class Block:
     """Softmax scale."""
     hidden: Tensor
     """(n, T, D) the block's output."""
+    mask: Tensor | None = None
+    """(n, 1, T, T) bool, what may be seen; None: everything."""
+
+    def score(self, name: str, has_cls: bool) -> Tensor:
+        """(n, P) float32: one of `SCORES`; without CLS the mean attention received."""
+        if not has_cls:
+            return attention_received(self.query, self.key, self.scale, self.mask)
+        if name == "attention":
+            return cls_attention(self.query, self.key, self.scale)
+        if name == "cosine":
+            return cls_cosine(self.hidden)
+        return cls_attention_full_width(self.query, self.key)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Images:
     lens: Tensor
     """(n,) visual tokens of each image."""
     pixels: Tensor
-    """(n, …) what the encoder saw."""
+    """(R, …) what the encoder saw."""
     slots: Tensor
     """(n,) positions each image has in the LLM's input; `lens` unless its pixels were shrunk."""
     grid: Tensor
@@ -68,6 +80,11 @@ class Images:
     """() -> (M, W) input embeddings of the question tokens of every image, (M,) whose image."""
     extra: Tensor | None = None
     """(n, S, D) what became of `Method.tower_tokens`."""
+    source: Tensor | None = None
+    """(R,) image of each row of `pixels`, ascending; None: row i is image i."""
+    scored: Callable[[str, int], Tensor] | None = None
+    """(score, block) -> (V,), where tokens are not the encoder's patches one by one and `block` is
+    out of reach; None: they are."""
 
     @property
     def image(self) -> Tensor:
@@ -79,26 +96,31 @@ class Images:
         """(n,) int64, exact whatever the batch is: lets a seeded choice depend on the image."""
         values = (self.pixels.detach().float() * 64).round().long().flatten(1)
         place = torch.arange(1, values.shape[1] + 1, device=values.device)
-        return (values * place).sum(1).abs()
+        rows = (values * place).sum(1)
+        if self.source is not None:
+            start = torch.searchsorted(self.source, self.source)
+            turn = torch.arange(1, len(rows) + 1, device=rows.device) - start
+            rows = rows.new_zeros(len(self.lens)).index_add(0, self.source, rows * turn)
+        return rows.abs()
 
     def salience(self, name: str = "attention") -> Tensor:
         """(V,) float32, higher = keep: one of `SCORES` at the feature block.
 
         An encoder without CLS is scored by the mean attention each token receives.
         """
-        score = self.patch_score(name, self.feature_block)
+        return self.token_score(name, self.feature_block)
+
+    def token_score(self, name: str, index: int) -> Tensor:
+        """(V,) float32: one of `SCORES` at block `index`, patches pooled where several make one
+        token."""
+        if self.scored is not None:
+            return self.scored(name, index)
+        score = self.patch_score(name, index)
         return (self.with_cls(score) if self.has_cls else score).flatten()
 
     def patch_score(self, name: str, index: int) -> Tensor:
         """(n, P) float32: one of `SCORES` for the patches, at block `index`."""
-        block = self.block(index)
-        if not self.has_cls:
-            return attention_received(block.query, block.key, block.scale)
-        if name == "attention":
-            return cls_attention(block.query, block.key, block.scale)
-        if name == "cosine":
-            return cls_cosine(block.hidden)
-        return cls_attention_full_width(block.query, block.key)
+        return self.block(index).score(name, self.has_cls)
 
     def with_cls(self, score: Tensor) -> Tensor:
         """(n, P) patch scores -> (n, V / n); a CLS that is itself a visual token always stays."""

@@ -20,6 +20,8 @@ class Trace:
     """(n,) visual tokens of each image."""
     keep: Tensor | None = None
     """(V,) bool, what stage 1 kept."""
+    grid: Tensor | None = None
+    """(n, 2) rows and columns of each image."""
     visual: Tensor | None = None
     """(B, S) bool, visual positions."""
     alive: dict[int, Tensor] = field(default_factory=dict)

@@ -65,5 +65,5 @@ def test_a_forward_that_fails_in_the_tower_leaves_nothing_open() -> None:
         handle.remove()
         features = torch.randn(1, 5, model.config.vision_config.hidden_size)
         assert model.model.multi_modal_projector(features).shape == (1, 5, 32)
-        assert pruner._engine._vision is None
+        assert pruner._engine.vision.current is None
         assert torch.equal(model(**data).logits, expected)

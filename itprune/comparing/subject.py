@@ -98,7 +98,8 @@ class Subject:
         modes = {module: module.training for module in model.modules()}
         own = [p for p in attached.method.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        for parameter in (*family.projector.parameters(), *own):
+        projectors = [p for module in family.projectors for p in module.parameters()]
+        for parameter in (*projectors, *own):
             parameter.requires_grad_(True)
         model.train()
         family.tower.eval()

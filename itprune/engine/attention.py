@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from itprune.engine.masks import added_mask
 from itprune.engine.rows import Rows
 
 KEYWORD = "itprune_call"
@@ -55,26 +56,34 @@ class AttentionCall:
     """What the feed-forward block behind this attention runs narrower; None: nothing."""
 
 
-def pruned_name(base: str) -> str:
+def pruned_name(base: str, eager: Callable[..., Any] | None = None) -> str:
     """Registers (once) and returns the implementation that wraps `base`.
+
+    Args:
+        base: the implementation's name.
+        eager: what the model itself calls `eager`; None: that is refused.
 
     Raises:
         ValueError: an attention implementation that cannot be wrapped.
     """
+    if base == "eager" and eager is not None:
+        return _registered(f"{PREFIX}eager_{eager.__module__.rpartition('.')[2]}", base, eager)
     if base not in SUPPORTED:
         raise ValueError(
             f"attention implementation {base!r} is not supported; load the model with "
             f"attn_implementation set to one of: {', '.join(SUPPORTED)}"
         )
-    name = PREFIX + base
+    return _registered(PREFIX + base, base, ALL_ATTENTION_FUNCTIONS[base])
+
+
+def _registered(name: str, base: str, host: Callable[..., Any]) -> str:
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _wrap(base))
+        AttentionInterface.register(name, _wrap(base, host))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
-def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    host = ALL_ATTENTION_FUNCTIONS[base]
+def _wrap(base: str, host: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     varlen_by_host = "flash" in base
 
     def attention(
@@ -90,7 +99,7 @@ def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         call: AttentionCall = kwargs.pop(KEYWORD, None) or AttentionCall()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if call.tap is not None:
-            call.tap(query.detach(), key.detach(), scale)
+            _tap(call.tap, query.detach(), key.detach(), scale, kwargs.get("cu_seq_lens_q"))
         if call.only_tap:
             return torch.zeros_like(query).transpose(1, 2), None
         if call.attend is not None:
@@ -107,11 +116,22 @@ def _wrap(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 max_length_q=longest,
                 max_length_k=longest,
             )
+        if base == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = added_mask(attention_mask, query.dtype)
         return host(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
 
     return attention
+
+
+def _tap(tap: Tap, query: Tensor, key: Tensor, scale: float, offsets: Tensor | None) -> None:
+    """Several images in one row, as variable-length kernels have them, are tapped one by one."""
+    if offsets is None:
+        return tap(query, key, scale)
+    lens = offsets.diff().tolist()
+    for q, k in zip(query.split(lens, 2), key.split(lens, 2), strict=True):
+        tap(q, k, scale)
 
 
 def isolated_attention(

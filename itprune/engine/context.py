@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from itprune.engine.added import with_added
 from itprune.engine.attention import KEYWORD, AttentionCall, Split
 from itprune.engine.cache import PrunedLayer, adopt_layers
-from itprune.engine.masks import causal_mask, gather_mask
+from itprune.engine.masks import causal_mask, filled_mask, gather_mask
 from itprune.engine.positions import Decoder, Positions
 from itprune.engine.relevance import LayerScores, Tapped
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
 from itprune.engine.spare import Attend, Spared
+from itprune.families.base import Added
 from itprune.methods.base import Method
 from itprune.ragged import group_sizes
 from itprune.report import Report, Segment
@@ -56,6 +58,10 @@ class Context:
     positions: Positions
     spared: Spared | None
     """What the method spares on visual tokens that stay."""
+    causal: bool = True
+    """A host mask of None means causal attention; False: attention to everything."""
+    added: Added | None = None
+    """What the host's decoder adds to visual tokens between layers."""
     rows_at: list[Rows | None] = field(default_factory=list)
     """What each layer ran on, filled as the layers run."""
     moves: dict[int, Tensor] = field(default_factory=dict)
@@ -70,6 +76,7 @@ class Context:
         self, index: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """The short tensors layer `index` runs on; None: leave the host's untouched."""
+        before, hidden = hidden, self._complete(index - 1, hidden)
         if len(self.rows_at) == index:
             self._decide(index, hidden, kwargs)
         rows = self.rows_at[index]
@@ -77,7 +84,14 @@ class Context:
             assert rows is not None
             hidden = rows.shape(self._flat(index, hidden)[self.moves[index]])
         physical = self._physical(index, rows, hidden, kwargs)
-        return None if physical is None else (hidden, physical)
+        if physical is None:
+            return None if hidden is before else (hidden, kwargs)
+        return hidden, physical
+
+    def _complete(self, index: int, hidden: Tensor) -> Tensor:
+        """The output of layer `index` with what the host adds behind it."""
+        rows = self.rows_at[index] if index >= 0 else None
+        return with_added(self.added, index, hidden, rows)
 
     def _flat(self, index: int, hidden: Tensor) -> Tensor:
         """(N, D) hidden states into layer `index`, on the tokens of the layer before; merged ones
@@ -94,7 +108,7 @@ class Context:
 
     def after_last(self, hidden: Tensor) -> Tensor:
         """Back to (B, S, D) for the host's norm, head and loss."""
-        rows = self.rows_at[-1]
+        hidden, rows = self._complete(self.depth - 1, hidden), self.rows_at[-1]
         return hidden if rows is None else rows.scatter(hidden)
 
     def close(self, trace: Trace | None) -> Report | None:
@@ -136,7 +150,7 @@ class Context:
     ) -> Rows | None:
         """Asks the method after layer `index - 1`; returns what layer `index` runs on."""
         assert self.method is not None
-        alive = self._all_valid() if before is None else before
+        alive = Rows.of(self.sequence.valid) if before is None else before
         if self.method.look_ahead:
             self._look_ahead(index, before, hidden, kwargs)
         if index - 1 not in self.tapped:
@@ -165,7 +179,7 @@ class Context:
         """Taps layer `index` on all tokens that reach it; draws no random numbers of the run."""
         tables = kwargs["position_embeddings"]
         if before is not None:
-            tables = self.positions.tables(before, self._cache_layer(index), hidden, kwargs)
+            tables = self.positions.tables(index, before, self._cache_layer(index), hidden, kwargs)
         cuda = [hidden.device] if hidden.is_cuda else []
 
         def tap(query: Tensor, key: Tensor, scale: float) -> None:
@@ -174,11 +188,6 @@ class Context:
         call = AttentionCall(tap=tap, only_tap=True)
         with torch.no_grad(), torch.random.fork_rng(cuda):
             self.host.query_key(index, hidden, {"position_embeddings": tables, KEYWORD: call})
-
-    def _all_valid(self) -> Rows:
-        samples, length = self.sequence.valid.shape
-        token = self.sequence.valid.reshape(-1).nonzero()[:, 0]
-        return Rows(token, samples, length, packed=False)
 
     def _layer_tokens(
         self, layer: int, rows: Rows, host_layout: bool, hidden: Tensor
@@ -209,7 +218,7 @@ class Context:
 
     def _entered(self, end: Tensor) -> Tensor:
         """(B,) visual tokens up to position `end` of each sample that layer 0 ran on."""
-        rows = self._all_valid() if self.rows_at[0] is None else self.rows_at[0]
+        rows = Rows.of(self.sequence.valid) if self.rows_at[0] is None else self.rows_at[0]
         counted = self.sequence.at("visual", rows) & (rows.position <= end[rows.sample])
         return group_sizes(rows.sample[counted], rows.samples)
 
@@ -222,7 +231,7 @@ class Context:
         if rows is not None:
             mask = self._mask(rows, layer, kwargs["attention_mask"])
             changes = {
-                "position_embeddings": self.positions.tables(rows, layer, hidden, kwargs),
+                "position_embeddings": self.positions.tables(index, rows, layer, hidden, kwargs),
                 "attention_mask": mask,
                 "position_ids": None,
             }
@@ -234,7 +243,7 @@ class Context:
             changes = {"attention_mask": mask, "position_ids": None}
             if layer.late is not None:
                 changes["position_embeddings"] = self.positions.after_renumbered(
-                    layer, hidden, kwargs
+                    index, layer, hidden, kwargs
                 )
         packed = rows if rows is not None and rows.packed else None
         tap = self._tap(index, changes.get("position_embeddings", kwargs["position_embeddings"]))
@@ -322,6 +331,8 @@ class Context:
             filled = filled & self.sequence.padding_mask.bool().gather(1, key)
         if self.flash and not explicit:
             return filled
+        if not self.causal:
+            return filled_mask(query, filled)
         return causal_mask(query + self.past, key, filled)
 
     # ------------------------------------------------------------------------ report

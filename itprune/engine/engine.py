@@ -1,8 +1,8 @@
 """Engine: the removable hooks that put a method inside a stock model's forward.
 
     model(…)                        request: tokens, labels; label-only logits
-      vision tower                  q, k and output of the feature block are tapped
-      projector                     stage 1: only kept features are projected
+      encoder                       q, k and output of the feature block are tapped
+      visual tokens                 stage 1: dropped slots become zero
       text model                    a Context is opened; it travels with the call
         layer 0 … depth - 1         short hidden states, rotary tables, mask; stage 2 in between
         last layer                  rows are scattered back to (B, S, D)
@@ -15,6 +15,8 @@ implementation's name.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -28,14 +30,16 @@ from itprune.config import PruneConfig
 from itprune.engine.attention import pruned_name
 from itprune.engine.cache import PrunedLayer
 from itprune.engine.context import CONTEXT, Context
+from itprune.engine.encoder import EncoderHooks
+from itprune.engine.features import TokenHooks
+from itprune.engine.patches import PatchHooks
 from itprune.engine.positions import Positions
 from itprune.engine.question import Question, QuestionReader, many_ranks
 from itprune.engine.request import Request
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
 from itprune.engine.spare import Savings
-from itprune.engine.vision import VISION_PLACES, VisionPass, answer_late, pixels_of
-from itprune.families.base import Family
+from itprune.families.base import Family, PatchFamily, TokenFamily
 from itprune.methods.base import Method
 from itprune.prompt import PromptFormat
 from itprune.report import Report, Totals
@@ -59,35 +63,52 @@ class Engine:
         self.trace: Trace | None = None
         self._text = family.text_model
         self._depth = len(family.layers)
-        self._sliding = _slides(self._text.config)
+        eager = self._text.config._attn_implementation == "eager"  # it gets no mask by flag
+        self._plain = not (_slides(self._text.config) or eager) and family.causal
         self._arguments = tuple(signature(model.forward).parameters)
         self._request: Request | None = None
-        self._vision: VisionPass | None = None
-        self._waiting: VisionPass | None = None
         self._reader = QuestionReader(
             self._text, model.get_input_embeddings(), self._text.config.hidden_size
         )
         self._renumber = (self._renumbers("before_llm"), self._renumbers("layers"))
         self._attention = self._rename_attention()  # raises before there are hooks
+        self.vision = self._encoder_hooks()
         self._savings = Savings(family, method)
         self._handles: list[RemovableHandle] = [*self._savings.handles]
         self._install(model)
 
     def _renumbers(self, place: str) -> bool:
+        if self.family.position_axes > 1:  # what a method publishes is for one id a token
+            return False
         return (self.config.positions or self.method.positions_at(place)) == "contiguous"
+
+    @property
+    def video(self) -> str:
+        """frame or clip: what a budget is for."""
+        return self.config.video
+
+    def _encoder_hooks(self) -> EncoderHooks[Any]:
+        if isinstance(self.family, PatchFamily):
+            return PatchHooks(self, self.family)
+        assert isinstance(self.family, TokenFamily)
+        return TokenHooks(self, self.family)
 
     # ------------------------------------------------------------------------ attach, detach
     def _rename_attention(self) -> list[tuple[Any, str]]:
         """Puts our named attention on tower and text model; returns what to restore."""
         configs = {id(m.config): m.config for m in (self._text, self.family.tower)}
         before = [(config, config._attn_implementation) for config in configs.values()]
-        named = [(config, pruned_name(name)) for config, name in before]  # raises before changing
+        text, eager = self._text.config, self.family.eager
+        named = [  # raises before changing anything
+            (config, pruned_name(name, eager if config is text else None))
+            for config, name in before
+        ]
         for config, name in named:
             config._attn_implementation = name
         return before
 
     def _install(self, model: PreTrainedModel) -> None:
-        family, layers = self.family, self.family.layers
+        layers = self.family.layers
         pre: Any = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
         post: Any = nn.Module.register_forward_hook
         head = model.get_output_embeddings()
@@ -95,20 +116,11 @@ class Engine:
             pre(model, self._open_request),
             post(model, self._close_request, always_call=True),
             pre(head, self._before_head),
-            pre(family.tower, self._open_vision),
-            post(family.embeddings, self._after_embeddings),
-            pre(family.projector, self._before_projector),
-            post(family.projector, self._after_projector),
             pre(self._text, self._open_context),
             post(self._text, self._close_context, with_kwargs=True, always_call=True),
             post(layers[-1], self._after_last_layer, with_kwargs=True),
         ]
-        for index, block in enumerate(family.blocks):
-            tap = functools.partial(self._before_block_attention, index)
-            self._handles += [
-                pre(family.block_attention(block), tap),
-                post(block, functools.partial(self._after_block, index)),
-            ]
+        self.vision.install()
         for index, layer in enumerate(layers):
             hook = functools.partial(self._before_layer, index)
             self._handles.append(pre(layer, hook))
@@ -118,6 +130,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.vision.remove()
         for config, name in self._attention:
             config._attn_implementation = name
         self._attention.clear()
@@ -132,8 +145,8 @@ class Engine:
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
             kwargs = request.label_only(kwargs)
         self._request = request
-        if active and self.method.needs_question and request.encoded is not None:
-            self._answer_waiting(request)
+        if active and self.method.needs_question:
+            self.vision.answer_late(request.encoded)
         return args, kwargs
 
     def _blank_features(self, model: Any) -> Tensor:
@@ -142,7 +155,7 @@ class Engine:
         return torch.cat(list(features.pooler_output)).sum() * 0.0
 
     def _close_request(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._request = self._vision = None  # a tower that failed has left its pass open
+        self._request = self.vision.current = None  # an encoder that failed left its pass open
 
     def _before_head(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         request = self._request
@@ -151,69 +164,25 @@ class Engine:
         return (args[0][request.head_mask], *args[1:]), kwargs
 
     # ------------------------------------------------------------------------ vision
-    def _open_vision(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._vision = None
-        if self.method.idle or not VISION_PLACES.intersection(self.method.places):
-            return None
-        pixels = pixels_of(args, kwargs)
-        self._vision = vision = VisionPass(
-            self.family, self.method, pixels, self._question(), self.trace
-        )
-        changes = vision.tower_kwargs()
-        return (args[1:] if "pixel_values" in changes else args), {**kwargs, **changes}
-
-    def _question(self) -> Question | None:
+    def question(self, kind: str) -> Question | None:
+        """The questions beside the images, or videos, of the call; None outside of one."""
         request = self._request
         if request is None or request.ids is None:
             return None
-        sequence = self._sequence(request, tuple(request.ids.shape), request.ids.device)
-        return Question(request.ids, sequence, self._reader)
+        ids = request.ids
+        sequence = self._sequence(request, tuple(ids.shape), ids.device)
+        visual = (ids == self.family.placeholders[kind]) & sequence.valid
+        return Question(ids, sequence, visual, self._reader)
 
-    def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return None if self._vision is None else self._vision.inject(output)
-
-    def _before_block_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._vision is None or not self._vision.wants(index):
-            return None
-        return args, {**kwargs, **self._vision.attention_kwargs(index)}
-
-    def _after_block(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._vision is not None and self._vision.wants(index):
-            self._vision.block_output(index, output)
-
-    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._vision is None:
-            return None
-        return (self._shorten(self._vision, args[0]), *args[1:]), kwargs
-
-    def _shorten(self, vision: VisionPass, features: Tensor) -> Tensor:
-        """Asks the method. Meanwhile the hooks are deaf: it may use projector and LLM itself."""
-        request, self._request, self._vision = self._request, None, None
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """A method is asked: the hooks are deaf, so that it may use projector and LLM itself."""
+        request, self._request = self._request, None
+        current, self.vision.current = self.vision.current, None
         try:
-            return vision.shorten(features, self.family.projector)
+            yield
         finally:
-            self._request, self._vision = request, vision
-
-    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        vision, self._vision = self._vision, None
-        if vision is None:
-            return None
-        if vision.waiting is not None:
-            vision.encoded, self._waiting = output.detach(), vision
-            return None
-        return vision.restore(output)
-
-    def _answer_waiting(self, request: Request) -> None:
-        """`generate` encodes images before the model sees the prompt: a question-aware method is
-        asked now, and its choice takes the place of the features encoded then."""
-        vision, self._waiting = self._waiting, None
-        question = self._question()
-        assert question is not None
-        self._request = None  # the projector and the LLM are used meanwhile
-        try:
-            answer_late(vision, request.encoded, question, self.family.projector)
-        finally:
-            self._request = request
+            self._request, self.vision.current = request, current
 
     # ------------------------------------------------------------------------ text model
     def _open_context(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -229,7 +198,9 @@ class Engine:
         if not active and not _is_pruned(cache):
             return args, kwargs
         kwargs = {**kwargs, **self._cache_kwargs(kwargs)}
+        added = self.family.added_after_layers(kwargs) if active else None
         context = self._context(request, kwargs, active)
+        context.added = added
         if context.first is not None and context.plain and context.past == 0:
             # Rows carry the padding already: spare the host its S x S mask.
             kwargs["attention_mask"] = torch.ones_like(context.sequence.valid, dtype=torch.long)
@@ -250,9 +221,7 @@ class Engine:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
-        plain = not self._sliding and (
-            mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        )
+        plain = self._plain and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         samples, length = embeds.shape[:2]
         if active:
             sequence = self._sequence(request, (samples, length), embeds.device)
@@ -269,13 +238,14 @@ class Engine:
             method=self.method if active else None,
             first=_filled_rows(embeds, sequence, packed) if active else None,
             packed=packed,
+            causal=self.family.causal,
             host=self,
             positions=Positions(self, sequence, self._renumber),
             spared=self._savings.forward(sequence, active, plain and past == 0),
         )
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.family.rotary(hidden, position_ids)
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return self.family.rotary(hidden, position_ids, layer)
 
     def query_key(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         module = self.family.layers[layer]

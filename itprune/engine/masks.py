@@ -46,3 +46,13 @@ def gather_mask(mask: Tensor, query: Tensor, key: Tensor, key_filled: Tensor) ->
     if picked.dtype == torch.bool:
         return (picked & inside[:, None, :])[:, None]
     return picked.masked_fill(~inside[:, None, :], torch.finfo(picked.dtype).min)[:, None]
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = seen) as one that is added to the scores."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def filled_mask(query: Tensor, key_filled: Tensor) -> Tensor:
+    """The mask of a model without causality: (B, 1, Lq, Lk), every key that is filled is seen."""
+    return key_filled[:, None, None, :].expand(-1, 1, query.shape[1], -1)

@@ -24,8 +24,8 @@ Tables = tuple[Tensor, Tensor]
 class Decoder(Protocol):
     """What a context asks of the model's decoder."""
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Tables:
-        """Tables (B, L, d) for position ids (B, L)."""
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Tables:
+        """Tables (B, L, d) of a layer for position ids (B, L)."""
 
     def query_key(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Runs a layer's attention on hidden states for the sake of its tap."""
@@ -69,9 +69,14 @@ class Positions:
             rows.ids = before.ids[keep]
 
     def tables(
-        self, rows: Rows, layer: PrunedLayer | None, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        index: int,
+        rows: Rows,
+        layer: PrunedLayer | None,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
     ) -> Tables:
-        """The rows' tables: gathered from the host's where its ids hold, else computed."""
+        """The rows' tables in layer `index`: the host's, where its ids hold, else computed."""
         tables = kwargs["position_embeddings"]
         late = layer.late if layer is not None else None
         history = layer.history if layer is not None and late is not None else ()
@@ -80,7 +85,7 @@ class Positions:
             if rows.ids is None and late is None:
                 self.memo[key] = (rows.gather(tables[0]), rows.gather(tables[1]))
             else:
-                self.memo[key] = self.host.rotary(hidden, self._ids(rows, late, kwargs))
+                self.memo[key] = self.host.rotary(hidden, self._ids(rows, late, kwargs), index)
         return self.memo[key]
 
     def _ids(self, rows: Rows, late: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
@@ -92,14 +97,14 @@ class Positions:
         return ids[None] if rows.packed else rows.pad(ids)
 
     def after_renumbered(
-        self, layer: PrunedLayer, hidden: Tensor, kwargs: dict[str, Any]
+        self, index: int, layer: PrunedLayer, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tables:
-        """Tables of tokens behind a prompt whose kept tokens were renumbered."""
+        """Tables in layer `index` of tokens behind a prompt whose kept tokens were renumbered."""
         key = ("after", layer.history, id(kwargs["position_embeddings"][0]))
         if key not in self.memo:
             assert layer.late is not None
             ids = self._host_ids(kwargs["position_ids"]) - layer.late[:, None]
-            self.memo[key] = self.host.rotary(hidden, ids)
+            self.memo[key] = self.host.rotary(hidden, ids, index)
         return self.memo[key]
 
     def late(self, rows: Rows, position_ids: Tensor) -> Tensor | None:

@@ -78,24 +78,29 @@ class QuestionReader:
 
 @dataclass(frozen=True)
 class Question:
-    """The questions of one batch."""
+    """The questions of one batch, beside its images or its videos."""
 
     ids: Tensor
     """(B, S) input ids."""
     sequence: Sequence
+    visual: Tensor
+    """(B, S) bool: the placeholders of the images, or of the videos."""
     reader: QuestionReader
 
-    @property
-    def protected_visual(self) -> Tensor:
-        """(V,) visual tokens that must stay."""
-        return self.sequence.protected[self.sequence.visual]
+    def protected(self, slots: int) -> Tensor:
+        """(slots,) slots that must stay; none for a blank image beside the batch."""
+        protected = self.sequence.protected[self.visual]
+        return protected if len(protected) == slots else protected.new_zeros(slots)
 
-    def sample_of(self, images: int, slots: int) -> Tensor:
-        """(n,) the batch row of each image; zeros for images that are not of this batch."""
-        per_row = self.sequence.visual.sum(1) // slots
-        if int(per_row.sum()) != images:
-            return per_row.new_zeros(images)
-        return torch.repeat_interleave(torch.arange(len(per_row), device=per_row.device), per_row)
+    def sample_of(self, first: Tensor, slots: int) -> Tensor:
+        """The batch row of each image; zeros for images that are not of this batch.
+
+        Args:
+            first: (n,) first slot of each image.
+            slots: of all images.
+        """
+        row = self.visual.nonzero()[:, 0]
+        return row[first] if len(row) == slots else torch.zeros_like(first)
 
     @property
     def _asked(self) -> Tensor:
@@ -117,23 +122,8 @@ class Question:
 
     def every(self, step: int) -> Question:
         """The questions of every `step`-th row: beams of a sample share theirs."""
-        return Question(self.ids[::step], self.sequence.every(step), self.reader)
-
-
-def expanded(sequence: Sequence, slots: int, step: int) -> Tensor:
-    """(n · step,) which of the n images stands at each place once samples are repeated.
-
-    Args:
-        sequence: of the repeated rows.
-        slots: of each image.
-        step: how often each sample is repeated, one behind the other.
-    """
-    per_row = (sequence.visual.sum(1) // slots)[::step]
-    start = per_row.cumsum(0) - per_row
-    repeated, first = per_row.repeat_interleave(step), start.repeat_interleave(step)
-    row = torch.repeat_interleave(torch.arange(len(repeated), device=per_row.device), repeated)
-    begin = repeated.cumsum(0) - repeated
-    return first[row] + torch.arange(len(row), device=row.device) - begin[row]
+        sequence = self.sequence.every(step)
+        return Question(self.ids[::step], sequence, self.visual[::step], self.reader)
 
 
 def many_ranks() -> bool:

@@ -6,7 +6,7 @@ turns dropped tokens into time once hidden states are scattered back to full len
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class Request:
     padding_mask: Tensor | None
     """(B, past + S) 2-D attention mask."""
     has_images: bool
-    encoded: Any = None
-    """Encoder output made before this call; its features may still wait for the question."""
+    encoded: dict[str, Any] = field(default_factory=dict)
+    """image, video -> encoder output made before this call; it may still wait for the question."""
     guesses: int = 0
     """Tokens assisted decoding appends to be verified: their logits are needed."""
     head_mask: Tensor | None = None
@@ -45,7 +45,8 @@ class Request:
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         mask = kwargs.get("attention_mask")
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        given = kwargs.get("mm_encoder_outputs") or {}
+        encoded = {kind: output for kind, output in given.items() if output is not None}
         wanted = kwargs.get("logits_to_keep", 0)
         pixels = any(kwargs.get(name) is not None for name in PIXELS)
         return cls(
@@ -54,8 +55,8 @@ class Request:
             padding_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             guesses=max(wanted - 1, 0) if isinstance(wanted, int) else 0,
             # Placeholder ids alone are not enough: a model may generate them while decoding.
-            encoded=encoded.get("image"),
-            has_images=pixels or any(v is not None for v in encoded.values()),
+            encoded=encoded,
+            has_images=pixels or bool(encoded),
         )
 
     def label_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:

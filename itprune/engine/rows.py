@@ -27,6 +27,12 @@ class Rows:
         self.token, self.samples, self.length, self.packed = token, samples, length, packed
         self.ids: Tensor | None = None
 
+    @classmethod
+    def of(cls, valid: Tensor) -> Rows:
+        """All tokens of (B, S) that are no padding."""
+        samples, length = valid.shape
+        return cls(valid.reshape(-1).nonzero()[:, 0], samples, length, packed=False)
+
     @cached_property
     def sample(self) -> Tensor:
         """(N,) sample of each token."""

@@ -142,13 +142,7 @@ class Spared:
         """The tokens alive, pads of the host's layout left out."""
         if rows is not None:
             return rows
-        samples, length = self.sequence.valid.shape
-
-        def make() -> Rows:
-            token = self.sequence.valid.reshape(-1).nonzero()[:, 0]
-            return Rows(token, samples, length, packed=False)
-
-        return self._once("alive", make)
+        return self._once("alive", lambda: Rows.of(self.sequence.valid))
 
     def _any_visual(self, rows: Rows | None) -> bool:
         def make() -> bool:

@@ -45,7 +45,8 @@ def family_class(model_type: str) -> type[Family]:
     """
     if model_type not in _REGISTRY:
         raise ValueError(
-            f"model family {model_type!r} is not supported; supported: {', '.join(families())}"
+            f"model family {model_type!r} is not supported; supported: {', '.join(families())}. "
+            "docs/add-a-family.md shows how to add one in your own code"
         )
     return _REGISTRY[model_type]
 

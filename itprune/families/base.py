@@ -6,7 +6,7 @@ An adapter names modules of a stock transformers model. It owns no forward and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -73,9 +73,20 @@ class Family(ABC):
         """All placeholder ids."""
         return tuple(self.placeholders.values())
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's rotary tables (B, L, d) for position ids (B, L)."""
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """A decoder layer's rotary tables (B, L, d) for position ids (B, L)."""
         return self.text_model.rotary_emb(hidden, position_ids)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a layer that gets no mask attends causally; False: to everything."""
+        return True
+
+    @property
+    def eager(self) -> Callable[..., Any] | None:
+        """The decoder's own eager attention, where it has no other kernel to wrap; None: refuse a
+        model that runs it."""
+        return None
 
     def input_norm(self, layer: nn.Module) -> nn.Module:
         """What a decoder layer applies before its attention."""

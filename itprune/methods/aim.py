@@ -92,6 +92,7 @@ class Aim(Layered):
         super().__init__(options, host)
         self.l1, self.l2 = _span(options, host.depth)
         self._layers = range(self.l1, min(self.l2, host.depth - 1))
+        self.needs_patches = options.merge != 1.0 and options.metric != "features"
         acts = {"before_llm": options.merge != 1.0, "layers": bool(self._layers)}
         self.places = tuple(place for place in acts if acts[place])
         self._average = sum(self._fall(layer - 1) for layer in range(host.depth)) / host.depth

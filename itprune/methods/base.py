@@ -72,6 +72,8 @@ class Method(nn.Module):
     """Position ids of what stays: original, or contiguous (renumbered after each drop)."""
     needs_question: bool = False
     """`Images.question` and `Images.instruction` are used."""
+    needs_patches: bool = False
+    """`Images.block` is used, or patches one by one: for models whose visual tokens are those."""
     look_ahead: bool = False
     """After layer k the scores come from the q and k of layer k + 1, not of layer k."""
 
@@ -108,6 +110,11 @@ class Method(nn.Module):
                 f"here {self.depth} of {self.host.width}); run `itprune calibrate` on this one"
             )
         self.calibration = calibration
+
+    def shares(self) -> tuple[float, ...] | None:
+        """Fractions of the visual tokens it aims at on average: into the LLM, and behind each of
+        `layers()`; None: only the samples decide."""
+        return None if self.keep is None or self.layers() else (self.keep,)
 
     def positions_at(self, place: str) -> str:
         """The position policy of what is dropped at one of its places."""

@@ -37,6 +37,7 @@ class Combined(Method):
         self.places = tuple(self.owner)
         self.card = Card(" + ".join(part.card.title for part in parts.values()))
         self.needs_question = any(p.needs_question for p in parts.values())
+        self.needs_patches = any(p.needs_patches for p in parts.values())
         self.look_ahead = "layers" in self.owner and self.at("layers").look_ahead
 
     def at(self, place: str) -> Method:
@@ -92,6 +93,15 @@ class Combined(Method):
     def layers(self) -> tuple[int, ...]:
         part = self._acting("layers")
         return () if part is None else part.layers()
+
+    def shares(self) -> tuple[float, ...] | None:
+        """Inside the LLM, a share of what the part before it let in."""
+        first, later = self._acting("before_llm") or self._acting("pixels"), self._acting("layers")
+        let_in = (1.0,) if first is None else first.shares()
+        alive = (1.0,) if later is None else later.shares()
+        if let_in is None or alive is None:
+            return None
+        return tuple(let_in[-1] * share for share in alive)
 
     def after_layer(self, tokens: LayerTokens) -> Kept:
         return self.at("layers")(tokens)

@@ -55,6 +55,9 @@ class Layered(Method):
     def layers(self) -> tuple[int, ...]:
         return tuple(self.plan())
 
+    def shares(self) -> tuple[float, ...] | None:
+        return (1.0, *self.plan().values())
+
     @torch.no_grad()
     def after_layer(self, tokens: LayerTokens) -> Kept:
         return Kept(keep_best(tokens, self.score(tokens), self.count(tokens)))

@@ -81,6 +81,7 @@ class PruMerge(Method):
         "keeps its best patch. With keep: the same share of every image, or calibrated, the rule's "
         "counts scaled. Without CLS: attention received.",
     )
+    needs_patches = True
     places = ("before_llm",)
     positions = "contiguous"
     rule: ClassVar[str] = "iqr"

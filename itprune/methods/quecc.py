@@ -66,6 +66,7 @@ class Quecc(FixedSize):
             "without a question is compressed without one."
         ),
     )
+    needs_patches = True
     places = ("before_llm",)
     positions = "contiguous"
     needs_question = True

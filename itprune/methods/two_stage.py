@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -139,6 +141,13 @@ class TwoStage(Method):
 
     def layers(self) -> tuple[int, ...]:
         return self._layers
+
+    def shares(self) -> tuple[float, ...] | None:
+        stages = ("stage1", *(f"stage2.{k}" for k in self._layers))
+        targets = [self._target(stage) for stage in stages]
+        if any(target is None or isinstance(target, int) for target in targets):
+            return None
+        return tuple(accumulate((float(t) for t in targets if t is not None), mul))
 
     @property
     def calibrates(self) -> bool:

@@ -71,6 +71,7 @@ class VisionZip(Method):
         needs=("cls",),
         notes="As published, CLS included. Without CLS: mean attention received, patches only.",
     )
+    needs_patches = True
     places = ("before_llm",)
     positions = "contiguous"
 

@@ -116,6 +116,7 @@ class Vistog(FixedSize):
             "0 (published: 1), and an empty group is its semantic token."
         ),
     )
+    needs_patches = True
     places = ("tower", "before_llm")
     positions = "contiguous"
     size_option = "tokens"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itprune.maths.patches import patch_attention
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host, Method
 from itprune.methods.fixed import fixed_count
@@ -64,15 +63,15 @@ class VtcCls(Method):
 
     @torch.no_grad()
     def score(self, images: Images) -> Tensor:
-        """(n, P) float32, higher = keep."""
-        total = patch_attention(images, self.start)
+        """(V,) float32, higher = keep."""
+        total = images.token_score("attention", self.start)
         for block in self.vision_blocks()[1:]:
-            total = total + patch_attention(images, block)
+            total = total + images.token_score("attention", block)
         return total
 
     @torch.no_grad()
     def before_llm(self, images: Images) -> Kept:
-        score = images.with_cls(self.score(images)).flatten()
+        score = self.score(images)
         if self.keep is None:
             count = images.lens.clamp(max=self.options.tokens)
         else:

@@ -37,7 +37,8 @@ def vtc_cls_scores(data: Data, golden: Golden) -> Tensor:
     method = method_of(golden.clip, "vtc_cls")
     assert isinstance(method, VtcCls)
     assert method.start == 16
-    return method.score(images_of(golden.clip, data["pixel_values"]))[0]
+    images = images_of(golden.clip, data["pixel_values"])
+    return method.score(images)[: int(images.lens[0])]
 
 
 def _vtc_cls(data: Data, golden: Golden, tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from itprune import checkpoint
-from itprune.engine.vision import VisionPass
+from itprune.engine.patches import PatchPass
 from tests.train.helpers import (
     history,
     losses,
@@ -195,13 +195,13 @@ def test_checkpointing_does_not_train_through_the_frozen_tower(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    shorten = VisionPass.shorten
+    shorten = PatchPass.shorten
 
-    def look(self: VisionPass, features: torch.Tensor, method: Any) -> torch.Tensor:
+    def look(self: PatchPass, features: torch.Tensor, method: Any) -> torch.Tensor:
         asked.append(features.requires_grad)
         return shorten(self, features, method)
 
-    monkeypatch.setattr(VisionPass, "shorten", look)
+    monkeypatch.setattr(PatchPass, "shorten", look)
     train("prune.keep=0.4", "trainer.gradient_checkpointing=true", "trainer.max_steps=2")
     assert asked
     assert not any(asked)

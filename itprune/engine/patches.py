@@ -1,8 +1,6 @@
-"""The vision path: what a method acts on before the LLM.
+"""Patches: the way through a pointwise projector, where visual tokens are the encoder's patches.
 
-Only kept features are projected. A dropped slot reaches the LLM as a row of exact zeros: the choice
-travels inside the features themselves, through caches of encoder outputs, beam expansion and
-`generate`, with no state beside them.
+The method acts on vision features, and only those it keeps are projected.
 Legend: n images, P features and S slots of each, D vision width, W LLM width.
 """
 
@@ -13,30 +11,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itprune.engine.attention import KEYWORD, AttentionCall
-from itprune.engine.question import Question, expanded
-from itprune.families.base import Family
-from itprune.methods.base import Method
+from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass
+from itprune.families.base import PatchFamily
 from itprune.tokens import Block, Images
-from itprune.trace import Trace
 
-VISION_PLACES = {"pixels", "tower", "before_llm"}
 Projector = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class VisionPass:
-    """One run of the tower: what its hooks gather for the method."""
+class PatchPass(EncoderPass):
+    """One run of the tower and the projector behind it."""
 
-    family: Family
-    method: Method
-    pixels: Tensor
+    family: PatchFamily = field(kw_only=True)
+    pixels: Tensor = field(kw_only=True)
     """(n, …) as the caller gave them."""
-    question: Question | None
-    """None: the caller's tokens are not known yet."""
-    trace: Trace | None = None
     shown: Tensor | None = None
     """(n, …) what the tower sees, where the method shrinks the image."""
     tokens: Tensor | None = None
@@ -49,20 +40,17 @@ class VisionPass:
     """n and the slots of each image."""
     waiting: Tensor | None = None
     """(n, P + extra, D) features of a pass that has to wait for the question."""
-    encoded: Tensor | None = None
-    """(n, P, W) what a pass that waits has made of them meanwhile."""
-    open: bool = True
 
     # ------------------------------------------------------------------------ tower
     def tower_kwargs(self) -> dict[str, Any]:
         """What changes in the tower's call: shrunk pixels, injected tokens."""
         changes: dict[str, Any] = {}
         before = self.family.grid(self.pixels)
-        after = self.method.grid(*before)
+        after = self.asker.method.grid(*before)
         if after != before:
             changes = self.family.resize(self.pixels, after)
             self.shown = changes["pixel_values"]
-        self.tokens = self.method.tower_tokens()
+        self.tokens = self.asker.method.tower_tokens()
         if self.tokens is not None:  # travels with the call, so recomputed blocks see it, too
             changes[KEYWORD] = AttentionCall(isolated=len(self.tokens))
         return changes
@@ -74,15 +62,7 @@ class VisionPass:
         tokens = self.tokens.to(embedded.dtype).expand(len(embedded), -1, -1)
         return torch.cat([embedded, tokens], 1)
 
-    def wants(self, block: int) -> bool:
-        return self.open and (
-            block in self.method.vision_blocks()
-            or (self.trace is not None and block == self.family.feature_block)
-        )
-
-    def attention_kwargs(self, block: int) -> dict[str, Any]:
-        """Asks one block's attention for its q and k."""
-
+    def tap_kwargs(self, block: int) -> dict[str, Any]:
         def tap(query: Tensor, key: Tensor, scale: float) -> None:
             if self.open:  # deaf to a recomputation after the pass
                 self.tapped[block] = (query, key, scale)
@@ -100,29 +80,19 @@ class VisionPass:
     def shorten(self, features: Tensor, project: Projector) -> Tensor:
         """(n, P + extra, D) features -> the (1, K, D) that go through the projector."""
         self.open = False
-        if self.question is None and self.method.needs_question:
+        if self.waits:
             self.waiting = features
             return features if self.tokens is None else features[:, : -len(self.tokens)]
         images = self._images(features, project)
-        self.slots = torch.Size((len(images.lens), int(images.slots[0])))
-        kept = self.method(images)
-        keep = kept.keep if self.question is None else kept.keep | self._protected(len(kept.keep))
-        self._note(images, keep)
+        slots = int(images.slots.sum())
+        self.slots = torch.Size((len(images.lens), slots // max(len(images.lens), 1)))
+        kept = self.choose(images, self.protected(slots))
         self.blocks = {}
-        same = bool(keep.all()) and kept.features is None
+        same = bool(kept.keep.all()) and kept.features is None
         if same and self.tokens is None and self.shown is None:
             return features
-        self.kept = keep.nonzero()[:, 0]
+        self.kept = kept.keep.nonzero()[:, 0]
         flat = images.features if kept.features is None else kept.features
-        beside = keep & ~kept.keep
-        if kept.features is not None and bool(beside.any()):
-            # A protected slot the method left empty holds what was there, where that is known.
-            if len(images.features) != len(beside):
-                raise ValueError(
-                    "an answer follows an image directly; put some text between them, or choose a "
-                    "method that does not shrink the image"
-                )
-            flat = torch.where(beside[:, None], images.features, flat)
         return flat[self.kept][None]
 
     def restore(self, projected: Tensor) -> Tensor:
@@ -133,13 +103,10 @@ class VisionPass:
         out = flat.new_zeros(self.slots.numel(), flat.shape[-1])
         return out.index_copy(0, self.kept, flat).view(*self.slots, -1)
 
-    def _protected(self, slots: int) -> Tensor:
-        """(slots of all images,) tokens that must stay; none for a blank image beside the batch."""
-        assert self.question is not None
-        protected = self.question.protected_visual
-        if len(protected) != slots:
-            return torch.zeros(slots, dtype=torch.bool, device=protected.device)
-        return protected
+    def late_features(self) -> Tensor:
+        assert self.waiting is not None
+        project = self.family.projector
+        return self.restore(project(self.shorten(self.waiting, project))).flatten(0, 1)
 
     def _images(self, features: Tensor, project: Projector) -> Images:
         extra = None
@@ -153,15 +120,8 @@ class VisionPass:
         full = self.family.grid(self.pixels)
         slots = full[0] * full[1] + length - rows * columns  # CLS may be a visual token, too
         device, flat = features.device, features.flatten(0, 1)
-        question, sample = self.question, torch.zeros(count, dtype=torch.long, device=device)
-        if question is not None:
-            sample = question.sample_of(count, slots)
-
-        def ask() -> Question:
-            if question is None:
-                raise ValueError("this method needs the question beside the image")
-            return question
-
+        first = torch.arange(count, device=device) * slots
+        sample = self.samples(first, count * slots)
         return Images(
             features=flat,
             lens=torch.full((count,), length, device=device),
@@ -174,8 +134,8 @@ class VisionPass:
             has_cls=self.family.has_cls,
             block=self._block,
             projected=lambda: project(flat[None])[0],
-            question=lambda: ask().states(sample),
-            instruction=lambda: ask().embeddings(sample),
+            question=lambda: self.asked().states(sample),
+            instruction=lambda: self.asked().embeddings(sample),
             extra=extra,
         )
 
@@ -184,49 +144,58 @@ class VisionPass:
             raise ValueError(f"vision block {index} was not asked for in `vision_blocks`")
         return self.blocks[index]
 
-    def _note(self, images: Images, keep: Tensor) -> None:
-        if self.trace is not None:
-            self.trace.score = images.salience("attention")
-            self.trace.lens, self.trace.keep = images.slots, keep
 
+class PatchHooks(EncoderHooks[PatchPass]):
+    """Listens to the tower, and stands before and behind the projector."""
 
-def answer_late(
-    vision: VisionPass | None, encoded: Any, question: Question, project: Projector
-) -> None:
-    """Asks the method about images encoded before their question was known.
+    def __init__(self, asker: Asker, family: PatchFamily) -> None:
+        super().__init__(asker)
+        self.family = family
 
-    Args:
-        vision: what waits.
-        encoded: the encoder's output; its features, one (S, W) tensor an image, are replaced.
-        question: of the rows, which may repeat each sample (beams).
-        project: the model's projector.
+    def install(self) -> None:
+        super().install()
+        family = self.family
+        self.handles += [
+            family.tower.register_forward_pre_hook(self._open, with_kwargs=True),
+            family.embeddings.register_forward_hook(self._after_embeddings),
+            family.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True),
+            family.projector.register_forward_hook(self._after_projector),
+        ]
 
-    Raises:
-        ValueError: features that were not encoded just before this call.
-    """
-    count = len(encoded.pooler_output)
-    if vision is None or not _encoded_by(vision, encoded.pooler_output, question):
-        raise ValueError(
-            "this method needs the question while images are encoded: pass pixel_values, not "
-            "features encoded earlier"
+    def _open(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.current = None
+        if not self.works:
+            return None
+        self.current = PatchPass(
+            self.asker,
+            "image",
+            self.asker.question("image"),
+            family=self.family,
+            pixels=pixels_of(args, kwargs),
         )
-    assert vision.waiting is not None
-    step = count // len(vision.pixels)
-    vision.question = question.every(step)
-    features = vision.restore(project(vision.shorten(vision.waiting, project)))
-    if step > 1:
-        features = features[expanded(question.sequence, features.shape[1], step)]
-    encoded.pooler_output = list(features)
+        changes = self.current.tower_kwargs()
+        return (args[1:] if "pixel_values" in changes else args), {**kwargs, **changes}
 
+    def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return None if self.current is None else self.current.inject(output)
 
-def _encoded_by(vision: VisionPass, given: list[Tensor], question: Question) -> bool:
-    """Whether features, one (S, W) tensor an image, are those of a pass that waits. Where images
-    and placeholders disagree, the host says so."""
-    step, rest = divmod(len(given), len(vision.pixels))
-    if vision.waiting is None or vision.encoded is None or rest:
-        return False
-    image = expanded(question.sequence, vision.encoded.shape[1], step)
-    return len(image) != len(given) or torch.equal(torch.stack(given), vision.encoded[image])
+    def _before_projector(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        vision = self.current
+        if vision is None:
+            return None
+        with self.asker.quiet():
+            short = vision.shorten(args[0], self.family.projector)
+        return (short, *args[1:]), kwargs
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        vision, self.current = self.current, None
+        if vision is None:
+            return None
+        if vision.waiting is not None:
+            vision.encoded = output.detach().flatten(0, 1)
+            self.waiting[vision.kind] = vision
+            return None
+        return vision.restore(output)
 
 
 def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
