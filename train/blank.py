@@ -8,11 +8,9 @@ is added to the embeddings. It also keeps the optimizer's state independent of h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
+from itprune.engine.blank import nothing
 from itprune.engine.request import PIXELS
 from itprune.families import find_family
 from train.model import base_of
@@ -42,15 +40,4 @@ class BlankImage:
         if not self.needed:
             return None
         embeds = kwargs["inputs_embeds"]
-        output = self.base.get_image_features(**self.family.blank_image(), return_dict=True)
-        made = [0.0 * tensor.sum() for tensor in tensors(output) if tensor.requires_grad]
-        return args, {**kwargs, "inputs_embeds": embeds + sum(made, embeds.new_zeros(()))}
-
-
-def tensors(output: Any) -> Iterator[torch.Tensor]:
-    """All tensors of an encoder's output: some families add more than one level of features."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping | list | tuple):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from tensors(part)
+        return args, {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 
 from itprune.config import PruneConfig
 from itprune.engine.attention import pruned_name
+from itprune.engine.blank import nothing
 from itprune.engine.cache import PrunedLayer
 from itprune.engine.context import CONTEXT, Context
 from itprune.engine.encoder import EncoderHooks
@@ -149,11 +150,6 @@ class Engine:
             self.vision.answer_late(request.encoded)
         return args, kwargs
 
-    def _blank_features(self, model: Any) -> Tensor:
-        """Runs tower and projector on a blank image: ranks whose batch is all text stay in step."""
-        features = model.get_image_features(**self.family.blank_image(), return_dict=True)
-        return torch.cat(list(features.pooler_output)).sum() * 0.0
-
     def _close_request(self, model: nn.Module, args: Any, output: Any) -> None:
         self._request = self.vision.current = None  # an encoder that failed left its pass open
 
@@ -191,8 +187,7 @@ class Engine:
             return None
         if text.training and not request.has_images and many_ranks():
             # Here, where a real image's features come in: ZeRO-3 gathers weights in module order.
-            blank = self._blank_features(self.family.model)
-            kwargs = {**kwargs, "inputs_embeds": embeds + blank.to(embeds.dtype)}
+            kwargs = {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
         active = request.has_images and not self.method.idle
         cache = kwargs.get("past_key_values")
         if not active and not _is_pruned(cache):

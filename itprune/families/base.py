@@ -239,7 +239,7 @@ class TokenFamily(Family):
 
     @abstractmethod
     def geometry(self, kind: str, arguments: Mapping[str, Any]) -> Geometry:
-        """Where the tokens of one call stand.
+        """Where the tokens of one call stand. May be asked of a model without weights.
 
         Args:
             kind: image or video.

@@ -1,0 +1,28 @@
+"""Nothing, made by the whole encoder: what a batch of text adds to its embeddings, so that every
+rank runs the same modules and every trained weight gets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from itprune.families.base import Family
+
+
+def nothing(family: Family, embeds: Tensor) -> Tensor:
+    """A zero of the dtype of `embeds` that depends on all the encoder makes of a blank image."""
+    model: Any = family.model
+    output = model.get_image_features(**family.blank_image(), return_dict=True)
+    parts = [0.0 * tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
+    return sum(parts, embeds.new_zeros(())).to(embeds.dtype)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors of an output: some encoders make more than one level of features."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
