@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from itprune import PruneConfig, attach
 from itprune.families import find_family
 from itprune.families.idefics3 import Idefics3, SmolVLM
 from tests.families.paths import pooled, support, windows
@@ -108,3 +112,34 @@ def test_a_blank_image_is_encoded(family: Idefics3) -> None:
     blank = family.blank_image()
     assert encoded(family, blank["pixel_values"]) == 9
     assert family.geometry("image", blank).grid.tolist() == [list(family.usual_grid)]
+
+
+def test_masked_pixels_score_nothing(family: Idefics3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tap sees the mask the encoder's attention gets: as eager attention weights it."""
+    model, mask = family.model, torch.ones(2, 3, 24, 24, dtype=torch.long)
+    mask[0, 0, 12:], mask[1, 0, :, 16:] = 0, 0
+    arguments = {"pixel_values": padded(), "pixel_attention_mask": mask}
+    with (
+        attach(model, PruneConfig("topk_cls", keep=0.5)) as pruner,
+        pruner.tracing() as trace,
+        torch.no_grad(),
+    ):
+        model.model.get_image_features(**arguments, return_dict=True)
+    attention = family.block_attention(family.blocks[family.feature_block])
+    module, found = sys.modules[type(attention).__module__], []
+    eager = module.eager_attention_forward
+
+    def record(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = eager(block, *args, **kwargs)
+        found.append(out[1])
+        return out
+
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    family.tower.set_attn_implementation("eager")
+    encoded(family, padded(), pixel_attention_mask=mask)
+    family.tower.set_attn_implementation("sdpa")
+    weights = found[family.feature_block].mean((1, 2)).flatten()
+    expected = family.geometry("image", arguments).pool(weights)
+    assert (trace.score - expected).abs().max() < 1e-5 * expected.max()
+    assert not trace.score[6:9].any()
+    assert not trace.score[29::3].any()
