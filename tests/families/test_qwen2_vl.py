@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
+from itprune import PruneConfig, attach
 from itprune.families.base import TokenFamily
 from itprune.families.flat_patches import FlatPatches
 from tests.families.qwen import (
@@ -37,8 +38,14 @@ def family(request: pytest.FixtureRequest) -> TokenFamily:
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
-def shrinking(request: pytest.FixtureRequest) -> TokenFamily:
-    return family_of(request.param)
+def name_of_shrinking(request: pytest.FixtureRequest) -> str:
+    """Qwen3-VL keeps its pictures' size."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shrinking(name_of_shrinking: str) -> TokenFamily:
+    return family_of(name_of_shrinking)
 
 
 # ------------------------------------------------------------------------------- the model
@@ -227,3 +234,29 @@ def test_narrow_numbers_stay_narrow(shrinking: TokenFamily) -> None:
     smaller = shrinking.shrink("image", arguments, [(2, 2)])
     assert smaller is not None
     assert smaller[PIXELS["image"]].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "grids"), [("image", IMAGES), ("video", VIDEOS)])
+def test_a_small_picture_fills_the_middles(name_of_shrinking: str, kind: str, grids: Any) -> None:
+    """Through the engine: the slots that are not zero hold what the bare encoder makes of the
+    shrunk pictures, token (i, j) in the middle of the tokens it stands for."""
+    family = family_of(name_of_shrinking)
+    arguments, keep = call(kind, grids), 0.3
+    whole = [tuple(grid) for grid in family.geometry(kind, arguments).grid.tolist()]
+    wanted = [tuple(max(round(side * keep**0.5), 1) for side in grid) for grid in whole]
+    smaller = family.shrink(kind, arguments, wanted)
+    assert smaller is not None
+    slots, start = [], 0
+    for (rows, columns), (r, c) in zip(whole, wanted, strict=True):
+        for i, j in ((i, j) for i in range(r) for j in range(c)):
+            row, column = (2 * i + 1) * rows // (2 * r), (2 * j + 1) * columns // (2 * c)
+            slots.append(start + row * columns + column)
+        start += rows * columns
+    with torch.no_grad():
+        expected = torch.cat(list(encode(family, kind, smaller).pooler_output))
+        lens = [len(part) for part in encode(family, kind, arguments).pooler_output]
+        with attach(family.model, PruneConfig("downsample", keep=keep)):
+            found = encode(family, kind, arguments).pooler_output
+    assert [len(part) for part in found] == lens
+    filled = torch.zeros(start, expected.shape[1]).index_copy(0, torch.tensor(slots), expected)
+    assert torch.equal(torch.cat(list(found)), filled)
