@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from itprune import PruneConfig, attach
 from itprune.families import find_family
 from itprune.geometry import Geometry
 from tests.families.packed import weights_of, weights_of_the_host
@@ -102,6 +103,25 @@ def test_tiles_without_a_batch_of_images(model) -> None:
     flat = {**data, "pixel_values": torch.cat([pixels[0, :3], pixels[1, :5]])}
     assert torch.equal(geometry(model, flat).grid, geometry(model, data).grid)
     assert torch.equal(features(model, flat), features(model, data))
+
+
+def test_a_newline_stays_as_long_as_a_token_of_its_row(model) -> None:
+    data = inputs()
+    found, before = geometry(model, data), features(model, data)
+    with attach(model, PruneConfig("random", keep=0.1)):
+        after = features(model, data)
+    stays = after.abs().sum(1) > 0
+    token = stays[found.slots()]
+    per_grid = token.split(found.lens.tolist())
+    assert [int(g.sum()) for g in per_grid] == [round(0.1 * len(g)) for g in per_grid]
+    expected = torch.zeros_like(stays)
+    expected[found.slots()[token]] = True
+    separator = found.separator[token]
+    expected[separator[separator >= 0]] = True
+    assert torch.equal(stays, expected)
+    assert torch.equal(after[stays], before[stays])
+    newlines = found.separator[found.separator >= 0].unique()
+    assert 0 < int(stays[newlines].sum()) < len(newlines)
 
 
 @pytest.mark.parametrize(("size", "slots"), [((2, 400), PATCHES), ((400, 2), PATCHES + 6)])

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from itprune import PruneConfig, attach
 from itprune.families import find_family
 from itprune.geometry import Geometry
 from tests.families.packed import weights_of, weights_of_the_host
@@ -174,6 +175,19 @@ def test_tokens_of_a_frame_are_means_of_four_patches(model) -> None:
     by_hand = score.view(6, 3, 2, 3, 2).mean((2, 4)).flatten()
     pooled = clip_geometry(model, clip_inputs(model)).pool(score.flatten())
     torch.testing.assert_close(pooled, by_hand)
+
+
+@pytest.mark.parametrize(("video", "each"), [("frame", [3] * 6), ("clip", [9, 9])])
+def test_budgets_of_frames_and_clips(model, video: str, each: list[int]) -> None:
+    data = clip_inputs(model)
+    found, before = clip_geometry(model, data), clip_features(model, data)
+    with attach(model, PruneConfig("random", keep=1 / 3, video=video)):
+        after = clip_features(model, data)
+    stays = after.abs().sum(1) > 0
+    groups = found.by_clip() if video == "clip" else found
+    assert [int(g.sum()) for g in stays[found.slots()].split(groups.lens.tolist())] == each
+    assert int(stays.sum()) == 18 + 2 * inside(data)  # each clip's newline stays with its tokens
+    assert torch.equal(after[stays], before[stays])
 
 
 @pytest.mark.parametrize("which", ["model", "odd"])
