@@ -1,9 +1,9 @@
 """Bench: what pruning is worth on this machine, in one run with its own control.
 
-`shapes` makes random models and inputs, `variants` says what is compared, `timing` and `counting`
-measure, `turns` sets the order, `train`, `infer` and `methods` put them together, `table` prints.
-Everything is compared with the bare model of the same run, and with what the FLOPs of that run
-promise.
+`shape` says what a random model and its input are, `shapes` lists them, `variants` says what is
+compared, `timing` and `counting` measure, `turns` sets the order, `train`, `infer` and `methods`
+put them together, `table` prints. Everything is compared with the bare model of the same run, and
+with what the FLOPs of that run promise.
 """
 
 from itprune.bench.infer import bench_infer

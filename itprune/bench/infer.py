@@ -16,14 +16,13 @@ from transformers.cache_utils import Cache
 
 from itprune.bench.counting import count_flops
 from itprune.bench.record import MB, Progress, header, tokens_of
-from itprune.bench.shapes import Shape, build_model, find_shape, make_batch
+from itprune.bench.shape import Shape
+from itprune.bench.shapes import build_model, find_shape, make_batch
 from itprune.bench.timing import Clock, median, use_threads
 from itprune.bench.turns import take_turns
 from itprune.bench.variants import Variant, infer_variants
 from itprune.engine.cache import PrunedLayer
 from itprune.report import Report
-
-BATCHES = (1, 8)
 
 
 @dataclass
@@ -51,17 +50,10 @@ class InferBench:
         return self.model(**self.prompt, use_cache=True, logits_to_keep=1)
 
     def decode(self, out: Any, steps: int) -> None:
-        """Greedy steps; the caller's attention mask grows as in `generate`."""
-        mask = self.prompt["attention_mask"]
+        """Greedy steps, without a mask: no row has padding, and `generate` leaves it out then."""
         for _ in range(steps):
             token = out.logits[:, -1:].argmax(-1)
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            out = self.model(
-                input_ids=token,
-                attention_mask=mask,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
     def count(self, variant: Variant, into: Measured) -> None:
         """Calibrates, then counts FLOPs and the cache's bytes."""
@@ -105,7 +97,7 @@ def _entries(layer: Any) -> int:
 @torch.no_grad()
 def bench_infer(
     shape: str = "cpu",
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     repeats: int = 5,
     keep: float = 0.22,
     threads: int = 1,
@@ -116,7 +108,7 @@ def bench_infer(
 
     Args:
         shape: a key of `SHAPES`.
-        batches: batch sizes.
+        batches: batch sizes; None: one row, and the shape's number.
         repeats: timed rounds.
         keep: target average of the pruned variants.
         threads: CPU threads.
@@ -130,6 +122,7 @@ def bench_infer(
         ValueError: unknown shape, or a machine too small for it.
     """
     size = find_shape(shape)
+    batches = (1, size.batch) if batches is None else batches
     rows = []
     with use_threads(threads):
         model = build_model(size, training=False)
@@ -158,7 +151,7 @@ def _row(name: str, found: Measured, dense: Measured, shape: Shape, batch: int) 
         dense.prefill_flops / found.prefill_flops,
     )
     entries, stored = _reported_entries(found.report, shape, batch)
-    entry = 2 * shape.width * shape.dtype.itemsize  # one key and one value of one layer
+    entry = 2 * shape.kv_width * shape.dtype.itemsize  # one key and one value of one layer
     return {
         "variant": name,
         "batch": batch,

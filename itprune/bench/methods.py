@@ -17,7 +17,8 @@ from itprune.attach import Attached, base_model
 from itprune.bench.counting import count_flops, timed_choices
 from itprune.bench.infer import InferBench
 from itprune.bench.record import Progress, header, tokens_of
-from itprune.bench.shapes import Shape, build_model, find_shape
+from itprune.bench.shape import Shape
+from itprune.bench.shapes import build_model, find_shape
 from itprune.bench.timing import median, use_threads
 from itprune.bench.turns import take_turns
 from itprune.bench.variants import Variant
@@ -67,7 +68,7 @@ class MethodsBench(InferBench):
 @torch.no_grad()
 def bench_methods(
     shape: str = "cpu",
-    batch: int = 8,
+    batch: int | None = None,
     repeats: int = 5,
     keep: float = 0.22,
     threads: int = 1,
@@ -78,7 +79,7 @@ def bench_methods(
 
     Args:
         shape: a key of `SHAPES`.
-        batch: rows of the batch, an image in each.
+        batch: rows of the batch, an image in each; None: the shape's number.
         repeats: timed rounds.
         keep: target average; a method that cannot reach it runs at its published setting.
         threads: CPU threads.
@@ -92,6 +93,7 @@ def bench_methods(
         ValueError: unknown shape or method, or a machine too small for the shape.
     """
     size = find_shape(shape)
+    batch = batch or size.batch
     check_fraction("--keep", keep)
     entries = parse_entries(names or ",".join(untrained()))
     with use_threads(threads), warnings.catch_warnings():

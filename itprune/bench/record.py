@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import itprune
-from itprune.bench.shapes import SHAPES, Shape
+from itprune.bench.shape import Shape
+from itprune.bench.shapes import SHAPES
 from itprune.bench.timing import Clock
 from itprune.report import Report
 

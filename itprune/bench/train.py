@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from itprune.bench.counting import SavedBytes, count_flops, timed_choices
 from itprune.bench.record import MB, Progress, header, tokens_of
-from itprune.bench.shapes import Shape, build_model, find_shape, make_batch, set_train_mode
+from itprune.bench.shape import Shape
+from itprune.bench.shapes import build_model, find_shape, make_batch, set_train_mode
 from itprune.bench.timing import Clock, median, use_threads
 from itprune.bench.turns import take_turns
 from itprune.bench.variants import Variant, train_variants
@@ -102,7 +103,7 @@ class _Bench:
 
 def bench_train(
     shape: str = "cpu",
-    batch: int = 8,
+    batch: int | None = None,
     repeats: int = 5,
     keep: float = 0.22,
     threads: int = 1,
@@ -112,7 +113,7 @@ def bench_train(
 
     Args:
         shape: a key of `SHAPES`.
-        batch: rows of the batch, an image in each.
+        batch: rows of the batch, an image in each; None: the shape's number.
         repeats: timed steps of each variant.
         keep: target average of the pruned variants.
         threads: CPU threads.
@@ -125,6 +126,7 @@ def bench_train(
         ValueError: unknown shape, or a machine too small for it.
     """
     size = find_shape(shape)
+    batch = batch or size.batch
     with use_threads(threads):
         bench = _Bench(size, batch, threads)
         variants = train_variants(size, keep)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from itprune.attach import Attached, attach, calibrate
-from itprune.bench.shapes import Shape
+from itprune.bench.shape import Shape
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.methods.scheduled import Scheduled

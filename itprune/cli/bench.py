@@ -26,10 +26,12 @@ def add_parser(subparsers: Any) -> None:
         "--shape",
         default="cpu",
         metavar="NAME",
-        help="tiny (seconds), cpu (50 M parameters, some minutes), llava-1.5-7b (CUDA GPU); "
-        "default cpu",
+        help="tiny (seconds), cpu (50 M parameters, some minutes), next-like and qwen2.5-vl-like "
+        "(more than 2,000 visual tokens), llava-1.5-7b (CUDA GPU); default cpu",
     )
-    parser.add_argument("--batch", type=int, help="rows of a batch; default 8 (infer: 1 and 8)")
+    parser.add_argument(
+        "--batch", type=int, help="rows of a batch; default: the shape's, 2 or 8 (infer: 1, too)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; default 5")
     parser.add_argument("--keep", type=float, default=0.22, help="visual tokens kept; default 0.22")
     parser.add_argument(
@@ -74,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
         "progress": lambda line: print(line, file=sys.stderr, flush=True),
     }
     if args.what == "train":
-        record = bench_train(batch=args.batch or 8, **common)
+        record = bench_train(batch=args.batch, **common)
     elif args.what == "methods":
-        record = bench_methods(batch=args.batch or 8, names=args.methods, **common)
+        record = bench_methods(batch=args.batch, names=args.methods, **common)
     else:
-        record = bench_infer(batches=(args.batch,) if args.batch else (1, 8), **common)
+        record = bench_infer(batches=(args.batch,) if args.batch else None, **common)
     print(render(record))
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=2) + "\n")
