@@ -44,15 +44,15 @@ class Gemma3(SiglipFamily):
         return self.text_model.rotary_emb(hidden, position_ids, kind)
 
     def geometry(self, kind: str, arguments: Mapping[str, Any]) -> Geometry:
-        pixels, size = arguments["pixel_values"], self.tower.config.image_size
-        if tuple(pixels.shape[-2:]) != (size, size):
-            height, width = pixels.shape[-2:]
+        projector, config = self.model.model.multi_modal_projector, self.tower.config
+        pixels, side = arguments["pixel_values"], projector.patches_per_image
+        height, width = pixels.shape[-2:]
+        if (height // config.patch_size, width // config.patch_size) != (side, side):
+            size = config.image_size
             raise ValueError(
                 f"pixel_values: this model pools images of {size} x {size} pixels only, not of "
                 f"{height} x {width}; let the model's processor resize or crop them"
             )
-        projector = self.model.model.multi_modal_projector
-        side = projector.patches_per_image
 
         def pool(values: Tensor) -> Tensor:
             return projector.avg_pool(values.view(-1, 1, side, side)).flatten()
