@@ -201,7 +201,9 @@ def _fill(attached: Attached, folder: Path) -> None:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    if not (folder / ADAPTER_FILE).exists() and not (folder / "config.json").exists():
+    if (folder / ADAPTER_FILE).exists():
+        base_folder(folder)
+    elif not (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}; not a model")
 
 
@@ -210,12 +212,16 @@ def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Modul
         return _load_base(folder, dtype)
     from peft import PeftModel  # slow to import, and needed only here
 
-    model: Any = PeftModel.from_pretrained(_load_base(_base_folder(folder), dtype), str(folder))
+    model: Any = PeftModel.from_pretrained(_load_base(base_folder(folder), dtype), str(folder))
     return model.merge_and_unload() if merge else model
 
 
-def _base_folder(folder: Path) -> str | Path:
-    """Where the adapter's base model lies; a hub name when no such folder exists."""
+def base_folder(folder: Path) -> str | Path:
+    """Where an adapter's base model lies; a hub name when no such folder exists.
+
+    Raises:
+        ValueError: it names none, or one that is not there.
+    """
     name = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{folder / ADAPTER_FILE}: names no base model")

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-COMMANDS = ("infer", "merge", "calibrate", "methods", "bench", "compare")
+COMMANDS = ("infer", "merge", "calibrate", "methods", "doctor", "bench", "compare")
 
 
 def make_parser() -> argparse.ArgumentParser:

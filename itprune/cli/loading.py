@@ -68,9 +68,9 @@ def load(args: argparse.Namespace, **changes: Any) -> Loaded:
     try:
         return load_pretrained(args.model, **{**wanted, **changes})
     except (OSError, RuntimeError, ImportError, KeyError) as error:
-        raise ValueError(f"{args.model}: cannot be loaded ({_first_line(error)})") from error
+        raise ValueError(f"{args.model}: cannot be loaded ({first_line(error)})") from error
     except ValueError as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -79,15 +79,24 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: in one sentence.
     """
+    check_choices(args.method, args.keep)
+    check_folder(Path(args.model))
+
+
+def check_choices(method: str | None, keep: float | None) -> None:
+    """Refuses a method nobody knows and a keep that is no fraction.
+
+    Raises:
+        ValueError: in one sentence.
+    """
     from itprune.methods import methods
     from itprune.methods.combined import SEPARATOR
     from itprune.options import check_choice, check_fraction
 
-    check_fraction("--keep", args.keep)
-    if args.method is not None:
-        for name in args.method.split(SEPARATOR):
+    check_fraction("--keep", keep)
+    if method is not None:
+        for name in method.split(SEPARATOR):
             check_choice("--method", name, methods())
-    check_folder(Path(args.model))
 
 
 def check_folder(folder: Path) -> None:
@@ -96,7 +105,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    from itprune.families import families
+    from itprune.families import family_class
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
@@ -113,11 +122,10 @@ def check_folder(folder: Path) -> None:
         family = config["model_type"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'}: not a model's configuration") from None
-    if family not in families():
-        raise ValueError(
-            f"{folder}: model family {family!r} is not supported; supported: "
-            f"{', '.join(families())}"
-        )
+    try:
+        family_class(family)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def _dtype(name: str) -> Any:
@@ -130,6 +138,7 @@ def _dtype(name: str) -> Any:
     }[name]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -70,17 +70,23 @@ def fact_of(name: str) -> Fact:
         **card,
         "places": list(cls.places),
         "positions": cls.positions,
-        "families": _families(card["needs"]),
+        "families": _families(name),
         "options": list(_options(cls.Options)),
     }
 
 
-def _families(needs: Sequence[str]) -> list[str]:
-    """Model families a method runs on: a score by CLS needs an encoder that may have one."""
-    from itprune.families import families, family_class
+def _families(name: str) -> list[str]:
+    """Model families a method runs on: one that reads patches needs them as visual tokens."""
+    import torch
 
-    cls_free = [f for f in families() if vars(family_class(f)).get("has_cls") is False]
-    return [f for f in families() if "cls" not in needs or f not in cls_free]
+    from itprune.families import families, family_class
+    from itprune.families.base import PatchFamily
+    from itprune.host import Host
+    from itprune.methods import build_method
+
+    with torch.device("meta"):
+        patches = build_method(name, {}, Host.example()).needs_patches
+    return [f for f in families() if not patches or issubclass(family_class(f), PatchFamily)]
 
 
 def _fits(fact: Fact) -> str:
@@ -102,7 +108,7 @@ def compact(facts: Sequence[Fact]) -> Iterator[str]:
     for row in cells:
         yield "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
     yield ""
-    yield f"families: {', '.join(families())}"
+    yield from _wrapped(f"families: {', '.join(families())}", "")
     yield "one with its options and notes: itprune methods NAME; several at different places: A+B"
 
 

@@ -114,7 +114,8 @@ class Method(nn.Module):
     def shares(self) -> tuple[float, ...] | None:
         """Fractions of the visual tokens it aims at on average: into the LLM, and behind each of
         `layers()`; None: only the samples decide."""
-        return None if self.keep is None or self.layers() else (self.keep,)
+        before_llm = {"pixels", "tower", "before_llm"}.intersection(self.places)
+        return None if self.keep is None or self.layers() or not before_llm else (self.keep,)
 
     def positions_at(self, place: str) -> str:
         """The position policy of what is dropped at one of its places."""
