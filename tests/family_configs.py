@@ -38,6 +38,12 @@ QWEN_VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
+}
 TILINGS = [[24, 48], [48, 24], [48, 48]]
 
 
@@ -82,8 +88,7 @@ def qwen2_vl(text: dict) -> hf.PreTrainedModel:
     config = hf.Qwen2VLConfig(
         vision_config={**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2},
         text_config={**text, "rope_parameters": _rope()},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **QWEN_TOKENS,
     )
     return hf.Qwen2VLForConditionalGeneration(config)
 
@@ -98,8 +103,7 @@ def qwen2_5_vl(text: dict) -> hf.PreTrainedModel:
             "fullatt_block_indexes": [1],
         },
         text_config={**text, "rope_parameters": _rope()},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **QWEN_TOKENS,
     )
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -114,8 +118,7 @@ def qwen3_vl(text: dict) -> hf.PreTrainedModel:
             "deepstack_visual_indexes": [0, 1],
         },
         text_config={**text, "head_dim": 8, "rope_parameters": _rope()},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **QWEN_TOKENS,
     )
     return hf.Qwen3VLForConditionalGeneration(config)
 
