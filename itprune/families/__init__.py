@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from itprune.families.base import Family
@@ -33,7 +36,8 @@ def register_family(model_type: str) -> Callable[[type[Family]], type[Family]]:
 
 
 def families() -> tuple[str, ...]:
-    """Model types we can attach to."""
+    """Model types we can attach to, those of installed packages included."""
+    _load_entry_points()
     return tuple(sorted(_REGISTRY))
 
 
@@ -43,7 +47,7 @@ def family_class(model_type: str) -> type[Family]:
     Raises:
         ValueError: an architecture we do not know.
     """
-    if model_type not in _REGISTRY:
+    if model_type not in families():
         raise ValueError(
             f"model family {model_type!r} is not supported; supported: {', '.join(families())}. "
             "docs/add-a-family.md shows how to add one in your own code"
@@ -58,6 +62,19 @@ def find_family(model: PreTrainedModel) -> Family:
         ValueError: an architecture we do not know.
     """
     return family_class(model.config.model_type)(model)
+
+
+@cache
+def _load_entry_points() -> None:
+    """Imports what installed packages offer under the entry-point group `itprune.families`; one
+    that is broken is told of and left out."""
+    for point in entry_points(group="itprune.families"):
+        try:
+            point.load()
+        except (ImportError, AttributeError, ValueError) as error:
+            warnings.warn(
+                f"family {point.name!r} of {point.value} is left out: {error}", stacklevel=2
+            )
 
 
 # Importing a family's file registers it.
