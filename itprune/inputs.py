@@ -79,8 +79,11 @@ def reserved_texts(processor: Any) -> tuple[str, ...]:
 # ---------------------------------------------------------------- conversations without a template
 def takes_suffix(processor: Any) -> bool:
     """Whether a processor knows no turns, but one prompt and the answer behind it (PaliGemma)."""
-    call = inspect.signature(type(processor).__call__).parameters
-    return not processor.chat_template and "suffix" in call
+    cls = type(processor)
+    call = inspect.signature(cls.__call__).parameters
+    # Up to transformers 5.17 the option is one of those of its text.
+    text = cls.valid_processor_kwargs.__annotations__["text_kwargs"].__annotations__
+    return not processor.chat_template and ("suffix" in call or "suffix" in text)
 
 
 def plain_prompt(messages: Sequence[Mapping[str, Any]], image_token: str) -> str:

@@ -342,6 +342,7 @@ def gemma3_config(processor: Any) -> hf.PreTrainedConfig:
         boi_token_index=words.boi_token_id,
         eoi_token_index=words.eoi_token_id,
         image_token_index=words.image_token_id,
+        tie_word_embeddings=False,  # tied, random weights say the same token again and again
     )
 
 
@@ -360,6 +361,7 @@ def paligemma_config(processor: Any) -> hf.PreTrainedConfig:
         ),
         image_token_index=processor.image_token_id,
         projection_dim=32,
+        tie_word_embeddings=False,
     )
 
 
