@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         record.write(target)
     except OSError as error:
         raise ValueError(f"{target}: cannot be written ({error.strerror})") from None
-    print(f"{target / PRUNER_FILE}: calibrated on {calibration.samples} images")
+    print(f"{target / PRUNER_FILE}: calibrated on {batches.images} images")
     for stage, curve in calibration.curves.items():
         mean = sum(f * w for f, w in zip(curve.fraction, curve.weight, strict=True))
         print(f"  {stage}: the rule alone keeps {mean / sum(curve.weight):.1%} of what it sees")
@@ -95,15 +95,18 @@ class _Batches:
         folder = data if data.is_dir() else data.parent
         self.root = folder if args.image_root is None else Path(args.image_root)
         self.bad: list[str] = []
+        self.images = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         waiting = []
         for entry in self.entries:
             try:
-                waiting.append(self.answerer.encode(self._question(entry)))
+                question = self._question(entry)
+                waiting.append(self.answerer.encode(question))
             except ValueError as error:
                 self.bad.append(str(error))
                 continue
+            self.images += len(question.images)
             if len(waiting) == self.size:
                 yield self.answerer.collate(waiting)
                 waiting = []

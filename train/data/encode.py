@@ -82,8 +82,9 @@ class Encoder:
             return_text_replacement_offsets=True,
         )
         offsets = inputs.pop("offset_mapping")[0].tolist()
-        replaced = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
-        spans = [_shift(span, replaced) for span in spans]
+        replaced = inputs.pop("text_replacement_offsets", None)  # a row's list, or nothing at all
+        places = [] if replaced is None or len(replaced) == 0 else list(replaced[0])
+        spans = [_shift(span, places) for span in spans]
         taught = torch.tensor([any(_overlap(o, span) for span in spans) for o in offsets])
         ids = inputs["input_ids"]
         return self._finish({**inputs, "labels": torch.where(taught[None], ids, IGNORED)})
