@@ -15,7 +15,9 @@ def nothing(family: Family, embeds: Tensor) -> Tensor:
     """A zero of the dtype of `embeds` that depends on all the encoder makes of a blank image."""
     model: Any = family.model
     output = model.get_image_features(**family.blank_image(), return_dict=True)
-    parts = [0.0 * tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
+    # Some versions of some models leave the features an attribute that is no entry of the output.
+    made = _tensors([output, output.pooler_output])
+    parts = [0.0 * tensor.sum() for tensor in made if tensor.requires_grad]
     return sum(parts, embeds.new_zeros(())).to(embeds.dtype)
 
 
