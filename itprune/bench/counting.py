@@ -2,14 +2,16 @@
 
 FLOPs are what torch's own counter says: two for each multiply-add of matrix products, convolutions
 and attention, nothing for element-wise work. Its table has no entry for the attention kernel that
-CPUs run, so `ATTENTION_ON_CPU` adds one by the rule it uses for the CUDA kernels: every
-query-key pair counts, masked or not.
+CPUs run, so one is added by the rule it uses for the CUDA kernels: every query-key pair counts,
+masked or not. What of it belongs to pairs that no causal call needs is counted beside it: the
+longer the sequence, the more of these a kernel leaves out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,32 +25,74 @@ from itprune.bench.timing import Clock
 Dims = tuple[int, ...]
 
 
-def attention_flops(query: Dims, key: Dims, value: Dims, *_: Any, **__: Any) -> int:
-    """q k^T and the product with v. Shapes are (B, H, Lq, d), (B, H_kv, Lk, d), (B, H_kv, Lk, d_v);
-    every query head works, whether it shares its keys or not."""
-    samples, heads, queries, width = query
-    return 2 * samples * heads * queries * key[2] * (width + value[3])
+@dataclass
+class Flops:
+    """FLOPs of one run."""
 
+    all: int = 0
+    """By torch's rule."""
+    unseen: int = 0
+    """Of these, the attention from tokens to later ones in calls that are causal."""
 
-def attention_backward_flops(
-    grad: Dims, query: Dims, key: Dims, value: Dims, *_: Any, **__: Any
-) -> int:
-    """Five products: q k^T again, and the gradients of the weights, v, q and k."""
-    samples, heads, queries, width = query
-    return 2 * samples * heads * queries * key[2] * (3 * width + 2 * value[3])
+    @property
+    def seen(self) -> int:
+        return self.all - self.unseen
 
+    def attention(
+        self,
+        query: Dims,
+        key: Dims,
+        value: Dims,
+        dropout: float = 0.0,
+        causal: bool = False,
+        **_: Any,
+    ) -> int:
+        """q k^T and the product with v. Shapes are (B, H, Lq, d), (B, H_kv, Lk, d),
+        (B, H_kv, Lk, d_v); every query head works, whether it shares its keys or not."""
+        return self._pairs(query, key, query[3] + value[3], causal)
 
-ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
+    def attention_backward(
+        self,
+        grad: Dims,
+        query: Dims,
+        key: Dims,
+        value: Dims,
+        out: Dims,
+        log_sum: Dims,
+        dropout: float = 0.0,
+        causal: bool = False,
+        **_: Any,
+    ) -> int:
+        """Five products: q k^T again, and the gradients of the weights, v, q and k."""
+        return self._pairs(query, key, 3 * query[3] + 2 * value[3], causal)
+
+    def _pairs(self, query: Dims, key: Dims, width: int, causal: bool) -> int:
+        samples, heads, queries, _ = query
+        pairs = queries * key[2]
+        if causal:
+            later = sum(max(key[2] - 1 - i, 0) for i in range(queries))
+            self.unseen += 2 * samples * heads * later * width
+        return 2 * samples * heads * pairs * width
 
 
 def count_flops(run: Callable[[], Any]) -> int:
+    """Counted FLOPs of one call, by torch's rule."""
+    return measure_flops(run).all
+
+
+def measure_flops(run: Callable[[], Any]) -> Flops:
     """Counted FLOPs of one call."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+    flops = Flops()
+    on_cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops.attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            flops.attention_backward
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         run()
-    return int(counter.get_total_flops())
+    flops.all = int(counter.get_total_flops())
+    return flops
 
 
 class SavedBytes:

@@ -15,6 +15,8 @@ TRAIN: tuple[Column, ...] = (
     ("TFLOP", lambda r: f"{r['tflops']:.3g}"),
     ("FLOP ratio", lambda r: f"{r['flop_speedup']:.2f}x"),
     ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
+    ("pairs seen", lambda r: f"{r['seen_flop_speedup']:.2f}x"),
+    ("speed-up / pairs seen", lambda r: f"{r['of_seen_flop_bound']:.2f}"),
     ("peak MB", lambda r: f"{r['peak_mb']:,.0f}"),
     ("tokens a layer", lambda r: f"{r['tokens_layer_average']:.0f}"),
     ("choosing", lambda r: f"{r['selection_share']:.1%}"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itprune.bench.counting import SavedBytes, count_flops, timed_choices
+from itprune.bench.counting import Flops, SavedBytes, measure_flops, timed_choices
 from itprune.bench.record import MB, Progress, header, tokens_of
 from itprune.bench.shape import Shape
 from itprune.bench.shapes import build_model, find_shape, make_batch, set_train_mode
@@ -28,7 +28,7 @@ from itprune.report import Report
 class Measured:
     """What was counted and timed of one variant."""
 
-    flops: int = 0
+    flops: Flops = field(default_factory=Flops)
     peak_bytes: int = 0
     report: Report | None = None
     step: list[float] = field(default_factory=list)
@@ -64,7 +64,7 @@ class _Bench:
         variant.calibrate(self.model, self.batch)
         set_train_mode(self.model)
         with variant.on(self.model) as attached:
-            into.flops = count_flops(lambda: self.forward().backward())
+            into.flops = measure_flops(lambda: self.forward().backward())
             self.optimizer.zero_grad()
             into.peak_bytes = self._peak()
             into.report = attached.report if attached is not None else None
@@ -142,13 +142,16 @@ def bench_train(
 
 def _row(name: str, found: Measured, dense: Measured, shape: Shape, batch: int) -> dict[str, Any]:
     step, speedup = median(found.step), median(dense.step) / median(found.step)
-    flop_speedup = dense.flops / found.flops
+    flop_speedup = dense.flops.all / found.flops.all
+    seen_speedup = dense.flops.seen / found.flops.seen
     return {
         "variant": name,
         "step_s": step,
         "speedup": speedup,
         "flop_speedup": flop_speedup,
         "of_flop_bound": speedup / flop_speedup,
+        "seen_flop_speedup": seen_speedup,
+        "of_seen_flop_bound": speedup / seen_speedup,
         "peak_mb": found.peak_bytes / MB,
         "forward_s": median(found.forward),
         "backward_s": median(found.backward),
@@ -156,7 +159,7 @@ def _row(name: str, found: Measured, dense: Measured, shape: Shape, batch: int) 
         "wall_s": median(found.wall),
         "fastest_s": min(found.step),
         "slowest_s": max(found.step),
-        "tflops": found.flops / 1e12,
+        "tflops": found.flops.all / 1e12,
         "selection_s": median(found.choice),
         "selection_share": median(found.choice) / step,
         **tokens_of(found.report, shape, batch),
