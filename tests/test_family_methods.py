@@ -130,7 +130,7 @@ def test_a_batch_is_its_rows(name: str, method: str) -> None:
         data = prompts(batch(name, model, rows, "left"))
         together = model(**data).logits[:, -1]
         entries = pruner.report.kv_entries
-        for index in range(len(rows)):
+        for index in (2, len(rows) - 1):  # several images; text alone
             one = prompts(batch(name, model, rows, "left", order=(index,)))
             alone = model(**one).logits[0, -1]
             # As in tests/test_method_oracles.py: merged contents and rotary phases differ, too.
