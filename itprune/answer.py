@@ -17,6 +17,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from itprune.attach import base_model
 from itprune.checkpoint import Loaded
@@ -269,6 +270,7 @@ class Answerer:
         for i, (encoded, ids) in enumerate(zip(batch, rows, strict=True)):
             tokens = _per_layer(report.drops, report.depth, i)
             visual = _per_layer(report.visual_drops, report.depth, i)
+            held = [_held(layer, n) for layer, n in zip(cache.layers, tokens, strict=True)]
             seen = report.visual_in[i]
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append(
@@ -284,8 +286,8 @@ class Answerer:
                     visual_stage2=last_visual[i],
                     layer_average=sum(tokens) / (report.depth * report.tokens_in[i]),
                     visual_layer_average=sum(visual) / (report.depth * seen) if seen else None,
-                    kv_entries=report.kv_entries[i],
-                    kv_bytes=sum(n * size for n, size in zip(tokens, sizes, strict=True)),
+                    kv_entries=sum(held),
+                    kv_bytes=sum(n * size for n, size in zip(held, sizes, strict=True)),
                     prepare_s=encoded.prepare_s,
                     first_token_s=clock.ticks[0],
                     total_s=clock.ticks[len(ids) - 1],
@@ -305,6 +307,13 @@ def _per_layer(drops: Mapping[int, list[int]], depth: int, sample: int) -> list[
     for layer in range(depth):
         out.append(drops[layer][sample] if layer in drops else out[-1])
     return out
+
+
+def _held(layer: Any, tokens: int) -> int:
+    """Entries a cache layer keeps of a prompt: one with a window forgets what it cannot reach."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return min(tokens, layer.sliding_window - 1)
+    return tokens
 
 
 def _entry_bytes(layer: Any) -> int:

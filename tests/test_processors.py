@@ -138,6 +138,18 @@ def test_turns_a_template_refuses_are_one_sentence(tmp_path: Path) -> None:
         asked.encode(Question(tuple(twice)))
 
 
+def test_windows_of_attention_hold_no_more_than_they_reach(tmp_path: Path) -> None:
+    """Every other layer of this Gemma sees 24 tokens; layers behind a drop keep what is kept."""
+    folder = build_folder("gemma3", tmp_path)
+    question = Question.from_prompt("Which shape is on the left? The circle.", [SMALL, TALL])
+    dense = answerer(folder)([question])[0]
+    assert dense.tokens_in > 23
+    assert dense.kv_entries == 2 * 23 + 2 * dense.tokens_in
+    options = {"layer": 1, "fraction": 0.4}
+    pruned = answerer(folder, keep=0.7, method="fastv", options=options)([question])[0]
+    assert pruned.kv_entries == 23 + pruned.tokens_in + 2 * pruned.tokens_stage2
+
+
 def test_a_processor_without_turns_takes_one_question(tmp_path: Path) -> None:
     asked = answerer(build_folder("paligemma", tmp_path))
     encoded = asked.encode(Question.from_prompt("Is <image> left?", [SMALL]))

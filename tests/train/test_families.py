@@ -92,6 +92,10 @@ def test_pruned_adapters_train_infer_merge_and_calibrate(
 
     trained = answer(output)
     assert trained["visual_stage2"] < trained["visual_in"]
+    assert main(["doctor", "--model", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pruning"]["method"], found["pruning"]["keep"]) == ("itprune", 0.5)
+    assert found["missing"] == []
     merged = tmp_path / "merged"
     assert main(["merge", "--model", str(output), "--output", str(merged)]) == 0
     again = answer(merged)
