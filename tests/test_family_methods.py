@@ -26,9 +26,9 @@ from tests.oracle import drops_of, recorded_rows
 MUST_WORK = {"itprune", "topk_cls", "vtc_cls", "fastv", "pyramiddrop", "random", "uniform"}
 MUST_WORK |= {"downsample"}
 PATCHES = "it reads the encoder's patches one by one, and a token of this family is not one"
-UNEQUAL = "windows of attention need grids that counts alone tell, and images differ in size here"
 PATCH_METHODS = {"prumerge", "prumerge_plus", "visionzip", "aim", "quecc", "vistog"}
-ANY_SIZE = {"llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+ANY_SIZE = ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Images differ in size, so that counts alone do not tell a token's neighbours."""
 TOKEN_FAMILIES = tuple(name for name in NAMES if name != "llava")
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -155,6 +155,19 @@ def test_a_step_trains(name: str, method: str) -> None:
         weight = model.get_decoder().layers[-1].mlp.down_proj.weight
     assert loss.isfinite()
     assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_windows_need_images_of_one_size(name: str) -> None:
+    model = build(name)
+    data = prompts(batch(name, model, ((4, "image", 6),)))
+
+    def forward() -> None:
+        attach(model, PruneConfig("yopo", keep=0.5), prompt=PROMPT)
+        model(**data)
+
+    with pytest.raises(ValueError, match=r"window.* null|window: null"):
+        forward()
 
 
 @pytest.mark.parametrize("name", MROPE)
