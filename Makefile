@@ -7,7 +7,17 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-fast lint types check clean
+# `make test-oldest` keeps torch as above; TORCH=2.11.0 is the oldest supported one.
+OLDEST := .venv-oldest
+TORCH ?= $(patsubst torch==%,%,$(shell grep '^torch==' constraints.txt))
+ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/test_stages.py \
+	tests/test_checkpoint.py tests/test_method_oracles.py tests/test_positions.py \
+	tests/test_combined.py tests/test_yopo.py tests/families tests/test_family_oracles.py \
+	tests/test_family_generate.py tests/test_family_scores.py tests/test_family_methods.py \
+	tests/test_family_method_answers.py tests/test_family_video.py tests/test_family_input.py \
+	tests/test_add_a_family.py
+
+.PHONY: install quickstart test test-fast test-oldest lint types check clean
 
 install: $(READY)
 
@@ -27,6 +37,15 @@ test: $(READY)  ## the whole suite, slow end-to-end runs included
 test-fast: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
+$(OLDEST)/.ready-$(TORCH): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-oldest.txt torch==$(TORCH) -e . pytest pytest-xdist hypothesis
+	touch $@
+
+test-oldest: $(OLDEST)/.ready-$(TORCH)  ## the oracles with the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup $(ORACLES)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +56,4 @@ types: $(READY)
 check: lint types test
 
 clean:
-	rm -rf $(VENV) build outputs *.egg-info
+	rm -rf $(VENV) $(OLDEST) build outputs *.egg-info
