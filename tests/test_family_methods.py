@@ -9,7 +9,7 @@ from torch import Tensor
 
 from itprune import PruneConfig, attach, methods
 from itprune.methods import method_class
-from tests.family_models import BEGIN, END, NAMES, batch, build, prompts
+from tests.family_models import BEGIN, END, NAMES, VIDEO_FAMILIES, batch, build, prompts
 from tests.family_oracle import (
     PROMPT,
     attached,
@@ -130,7 +130,8 @@ def test_a_batch_is_its_rows(name: str, method: str) -> None:
         data = prompts(batch(name, model, rows, "left"))
         together = model(**data).logits[:, -1]
         entries = pruner.report.kv_entries
-        for index in (2, len(rows) - 1):  # several images; text alone
+        for index in (2, *((3, 4) if name in VIDEO_FAMILIES else ()), len(rows) - 1):
+            # Several images, clips, an image beside a clip, text alone.
             one = prompts(batch(name, model, rows, "left", order=(index,)))
             alone = model(**one).logits[0, -1]
             # As in tests/test_method_oracles.py: merged contents and rotary phases differ, too.
@@ -143,7 +144,8 @@ def test_a_batch_is_its_rows(name: str, method: str) -> None:
 def test_a_step_trains(name: str, method: str) -> None:
     """Forward with labels and backward; an answer directly behind an image, too."""
     with attached(name, config(name, method), train=True) as (model, _):
-        data = batch(name, model, rows_of(name)[:3])
+        order = (2, 4) if name in VIDEO_FAMILIES else (1, 2)  # several images, beside a clip
+        data = batch(name, model, rows_of(name), order=order)
         end, begin = data["input_ids"] == END, data["input_ids"] == BEGIN
         assert end.any()
         assert begin.any()
