@@ -46,6 +46,9 @@ class PruneTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Some families are marked as if they did not hand the count of supervised tokens on to
+        # their loss. They do, and without it batches of uneven answers would not add up.
+        self.model_accepts_loss_kwargs = True
         self.meter = meter
         self.bad = bad
         self.save_beside = save_beside

@@ -111,6 +111,12 @@ def test_keep_one_is_the_dense_run(run: Any) -> None:
     assert losses(run("prune.keep=1.0", name="whole")) == losses(run(name="dense"))
 
 
+def test_accumulation_gives_the_same_curve_with_uneven_answers(run: Any) -> None:
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    once, split = run("prune.keep=0.5", name="once"), run("prune.keep=0.5", name="split", **parts)
+    assert losses(split) == pytest.approx(losses(once), abs=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["projector", "full"])
 def test_a_mode_moves_its_parts_only(run: Any, base: Path, mode: str) -> None:
     output = run(f"model.mode={mode}", "lora=null", "prune.keep=0.5", "trainer.max_steps=2")
@@ -175,6 +181,16 @@ def test_every_weight_has_a_part(name: str) -> None:
     named = dict(model.named_modules())
     for module in projector_names(model):
         assert not isinstance(named[module], torch.nn.ModuleList)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_heeds_the_number_of_supervised_tokens(name: str) -> None:
+    """As our trainer relies on, whatever a model says of itself."""
+    model = build(name)
+    data = batch(name, model)
+    count = (data["labels"][:, 1:] != IGNORED).sum()
+    alone, among = model(**data).loss, model(**data, num_items_in_batch=2 * count).loss
+    assert among.item() == pytest.approx(alone.item() / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
