@@ -37,7 +37,9 @@ METHODS = [
     for name in methods()
     if method_class(name).__module__.startswith("itprune.") and name != "dense"
 ]
-DOES_NOT_APPLY = {(name, method): PATCHES for name in TOKEN_FAMILIES for method in PATCH_METHODS}
+DOES_NOT_APPLY = {
+    (name, method): PATCHES for name in TOKEN_FAMILIES for method in sorted(PATCH_METHODS)
+}
 NOT_MASKING = {
     "sparsevlm": "dropped tokens go on inside kept ones, so later inputs differ",
     "yopo": "windows and head gates are no key mask; tests/test_yopo.py has its own oracle",
