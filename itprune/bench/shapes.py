@@ -1,10 +1,12 @@
 """Shapes: the models a bench can run, with random weights, and their inputs.
 
 `SHAPES` is the list; `build_model` and `make_batch` turn one into a model and a batch. How the
-sizes of the two large shapes were chosen is told in docs/benchmarks.md.
+sizes of those with `-like` in their name were chosen is told in docs/benchmarks.md.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +19,26 @@ from itprune.bench.qwen_shapes import QwenShape
 from itprune.bench.shape import FIRST_ID, Shape
 from itprune.families import find_family
 from itprune.options import check_choice
+
+QWEN_7B = QwenShape(
+    vision_width=160,
+    vision_layers=8,
+    vision_heads=2,
+    vision_ffn=428,
+    patch=4,
+    window=32,
+    full_blocks=(7,),
+    grids=((42, 48), (56, 36), (36, 56), (48, 42)),
+    width=448,
+    layers=10,
+    heads=7,
+    kv_heads=1,
+    ffn=2368,
+    vocab=9600,
+    batch=2,
+    curve_gain=160.0,
+)
+"""Tower and language model share the work as in Qwen2.5-VL-7B."""
 
 SHAPES: dict[str, Shape] = {
     "tiny": LlavaShape(
@@ -63,24 +85,8 @@ SHAPES: dict[str, Shape] = {
         vocab=4000,
         batch=2,
     ),
-    "qwen2.5-vl-like": QwenShape(
-        vision_width=160,
-        vision_layers=8,
-        vision_heads=2,
-        vision_ffn=428,
-        patch=4,
-        window=32,
-        full_blocks=(7,),
-        grids=((42, 48), (56, 36), (36, 56), (48, 42)),
-        width=448,
-        layers=10,
-        heads=7,
-        kv_heads=1,
-        ffn=2368,
-        vocab=9600,
-        batch=2,
-        curve_gain=160.0,
-    ),
+    "qwen2.5-vl-like": QWEN_7B,
+    "qwen2.5-vl-32b-like": replace(QWEN_7B, vision_width=64, vision_heads=1, vision_ffn=172),
     "llava-1.5-7b": LlavaShape(
         vision_width=1024,
         vision_layers=24,

@@ -26,8 +26,8 @@ def add_parser(subparsers: Any) -> None:
         "--shape",
         default="cpu",
         metavar="NAME",
-        help="tiny (seconds), cpu (50 M parameters, some minutes), next-like and qwen2.5-vl-like "
-        "(more than 2,000 visual tokens), llava-1.5-7b (CUDA GPU); default cpu",
+        help="tiny (seconds), cpu (50 M parameters, some minutes), next-like, qwen2.5-vl-like and "
+        "qwen2.5-vl-32b-like (more than 2,000 visual tokens), llava-1.5-7b (CUDA GPU); default cpu",
     )
     parser.add_argument(
         "--batch", type=int, help="rows of a batch; default: the shape's, 2 or 8 (infer: 1, too)"
