@@ -20,8 +20,9 @@ from itprune.decoding import Decoding
 from itprune.inputs import join, load_processor, placeholder_ids
 from itprune.question import Question
 from tests.family_models import build
-from tests.tiny_folders import MAKERS, build_folder
+from tests.tiny_folders import MAKERS, QWEN_TOKENS, build_folder
 from tests.tiny_llava import build_folder as build_llava
+from tests.tiny_templates import tokenizer
 
 SHORT = Decoding(max_new_tokens=6)
 FAMILIES = ("llava", *MAKERS)
@@ -228,8 +229,6 @@ def test_a_processor_that_needs_torchvision_says_so(
 
 def load_processor_words(folder: Path) -> None:
     """The tokenizer of a folder whose processor cannot be built."""
-    from tests.tiny_folders import QWEN_TOKENS, tokenizer
-
     tokenizer("<|im_start|>", "<|im_end|>", **QWEN_TOKENS).save_pretrained(folder)
 
 

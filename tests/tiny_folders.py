@@ -15,18 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.tiny_templates import CHATML, INSTRUCT, TURNS, UTTERANCES
+from tests.tiny_templates import CHATML, INSTRUCT, TURNS, UTTERANCES, tokenizer
 
 SIDE, PATCH = 56, 14
 """Pixels of a tile's and of a patch's edge: 4 x 4 patches."""
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
-CORPUS = [
-    "USER: What colour is the square? ASSISTANT: The square is red.",
-    "system user model Which shape is on the left? The circle. You are a helpful assistant.",
-    "green blue yellow 0 1 2 3 4 5 6 7 8 9\n[INST] [/INST] <start_of_turn> <end_of_turn>",
-]
 
 
 @dataclass(frozen=True)
@@ -63,28 +57,7 @@ def build_model(name: str, processor: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------- tokenizers
-def tokenizer(*special: str, **named: str) -> hf.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of some 500 tokens that knows special tokens, some by name."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<pad>", "<s>", "</s>", *special, *named.values()],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS * 20, trainer)
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=named,
-    )
-
-
+# --------------------------------------------------------------------------------- decoders
 def text(processor: Any, **changes: Any) -> dict[str, Any]:
     """Options of a decoder of 4 layers that all families share."""
     words = processor.tokenizer

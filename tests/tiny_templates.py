@@ -1,4 +1,15 @@
-"""Chat templates of the sorts the families come with, for tests/tiny_folders.py."""
+"""A tokenizer, and chat templates of the sorts the families come with: for tests/tiny_folders.py."""
+
+from __future__ import annotations
+
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CORPUS = [
+    "USER: What colour is the square? ASSISTANT: The square is red.",
+    "system user model Which shape is on the left? The circle. You are a helpful assistant.",
+    "green blue yellow 0 1 2 3 4 5 6 7 8 9\n[INST] [/INST] <start_of_turn> <end_of_turn>",
+]
 
 INSTRUCT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
@@ -33,3 +44,24 @@ TURNS = (
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 """As of Gemma 3: strict turns."""
+
+
+def tokenizer(*special: str, **named: str) -> hf.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of some 500 tokens that knows special tokens, some by name."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<pad>", "<s>", "</s>", *special, *named.values()],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS * 20, trainer)
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=named,
+    )

@@ -14,7 +14,8 @@ import pytest
 import transformers as hf
 
 from itprune.cli import main
-from tests.tiny_folders import MAKERS, build_folder, tokenizer
+from tests.tiny_folders import MAKERS, build_folder
+from tests.tiny_templates import tokenizer
 
 HAS_TORCHVISION = find_spec("torchvision") is not None
 SCORES = dict.fromkeys(MAKERS, "attention received")
