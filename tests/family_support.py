@@ -70,7 +70,7 @@ class Row:
     crosses: Mapping[str, str] = field(default_factory=dict)
     """Family -> why not."""
     refusal: str = ""
-    """The test that what is crossed out is refused with a sentence; empty: nothing to refuse."""
+    """How tests start that crosses are refused with a sentence; empty: nothing to refuse."""
 
 
 def for_all(names: Iterable[str], text: str) -> dict[str, str]:
@@ -251,7 +251,7 @@ def method_row(method: str) -> Row:
         instead={"llava": (f"{answers}[llava-{method}]", *(f"{test}[{method}]" for test in known))},
         notes=METHOD_NOTES.get(method, {}),
         crosses={name: why for (name, found), why in DOES_NOT_APPLY.items() if found == method},
-        refusal=f"{EXACT}::test_methods_that_need_patches_are_refused",
+        refusal=f"{EXACT}::test_methods_that_",
     )
 
 
