@@ -7,6 +7,7 @@ processor. Every method is attached once, so that what is refused here is what `
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -164,7 +165,8 @@ def _wanted(folder: Path, method: str | None, keep: float | None) -> PruneConfig
 @contextmanager
 def _attached(model: PreTrainedModel, config: PruneConfig) -> Any:
     """The method at work in the model, its own weights without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing runs, so nothing has to be calibrated
         attached = attach(model, config)
     try:
         yield attached

@@ -1,4 +1,4 @@
-"""A tokenizer, and chat templates of the sorts the families come with: for tests/tiny_folders.py."""
+"""A tokenizer, and chat templates of the sorts the families come with; see tiny_folders.py."""
 
 from __future__ import annotations
 
