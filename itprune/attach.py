@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -143,6 +144,7 @@ def attach(
     _refuse_misfit(inner.config.model_type, family, method, config)
     method.use(calibration)
     method.share(config.keep_at(0.0 if model.training else 1.0))
+    _refuse_savings(inner.config.model_type, family, method)
     prompt = prompt or PromptFormat(_special_ids(inner))
     method = register_trained(model, inner, method)
     try:
@@ -163,6 +165,20 @@ def _refuse_misfit(model_type: str, family: Family, method: Method, config: Prun
         raise ValueError(
             "prune.positions: contiguous positions are defined for models with one position id a "
             f"token, and {model_type} has {family.position_axes}; set prune.positions: original"
+        )
+
+
+def _refuse_savings(model_type: str, family: Family, method: Method) -> None:
+    """What a method may not spare in attention: where visual tokens stand must be known, and a
+    kernel that only the host has must not be replaced."""
+    spared = [s for layer in range(method.depth) if (s := method.sparsity(layer)) is not None]
+    if any(spare.window is not None for spare in spared):
+        family.slot_grids(prod(family.usual_grid))
+    own = family.eager is not None and family.text_model.config._attn_implementation == "eager"
+    if own and any(s.window is not None or s.heads is not None or s.blind for s in spared):
+        raise ValueError(
+            f"prune.method: {model_type} runs an attention of its own here, which nothing can be "
+            "spared of; set window, heads and cut to null, or choose another method"
         )
 
 
@@ -203,7 +219,7 @@ def calibrate(
         raise ValueError("calibration needs samples with images, and found none")
     with _aside(attached):
         found = attached.method.calibrate(_Trial(attached, rows))
-    samples = found.samples or sum(len(batch["input_ids"]) for batch in rows)
+    samples = sum(len(batch["input_ids"]) for batch in rows)
     found = dataclasses.replace(found, samples=samples, host=attached.method.host.to_dict())
     attached.calibration = found
     return found

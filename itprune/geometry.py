@@ -34,6 +34,11 @@ class Geometry:
     """(V,) int64 slot of the separator that goes with each token; -1 where there is none."""
     clip: Tensor | None = None
     """(n,) int64 ascending: the video each grid is a frame of; None: no videos."""
+    place: Tensor | None = None
+    """(V,) int64 which placeholder of the call each token fills; None: that of its slot. They
+    differ where the host puts something behind what the call returns."""
+    places: int | None = None
+    """How many placeholders the call has; None: as many as slots."""
 
     @property
     def lens(self) -> Tensor:
@@ -70,6 +75,7 @@ class Geometry:
             slot=move(self.slot),
             separator=move(self.separator),
             clip=move(self.clip),
+            place=move(self.place),
         )
 
 

@@ -243,7 +243,8 @@ def test_an_unknown_family_and_attention_are_refused() -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
     )
-    with pytest.raises(ValueError, match=r"'llama' is not supported; supported: .*llava.*add-a-family"):
+    sentence = r"'llama' is not supported; supported: .*llava.*add-a-family"
+    with pytest.raises(ValueError, match=sentence):
         attach(LlamaForCausalLM(small))
     model = tiny_llava()
     model.set_attn_implementation("eager")

@@ -156,6 +156,20 @@ class PrunedLayer(DynamicLayer):
         self._forget()
 
 
+def check_dynamic(cache: Cache) -> None:
+    """Refuses a cache that is no list of growing tensors.
+
+    Raises:
+        ValueError: a layer that cannot hold another number of tokens than its neighbours.
+    """
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer):
+            raise ValueError(
+                f"token pruning needs a dynamic KV cache, got {type(layer).__name__}; "
+                "leave cache_implementation unset"
+            )
+
+
 def adopt_layers(cache: Cache, start: int, depth: int) -> None:
     """Replaces the dynamic layers `start`.. of a cache by pruned ones, entries included.
 
@@ -165,15 +179,11 @@ def adopt_layers(cache: Cache, start: int, depth: int) -> None:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < depth:
             cache.layers.append(cache.layer_class_to_replicate())
+    check_dynamic(cache)
     for index in range(start, depth):
         old = cache.layers[index]
         if isinstance(old, PrunedLayer):
             continue
-        if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"token pruning needs a dynamic KV cache, got {type(old).__name__}; "
-                "leave cache_implementation unset"
-            )
         new = PrunedLayer(old.is_sliding)
         if old.is_initialized and old.get_seq_length() > 0:
             if old.is_sliding:

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from itprune.config import PruneConfig
 from itprune.engine.attention import pruned_name
 from itprune.engine.blank import nothing
-from itprune.engine.cache import PrunedLayer
+from itprune.engine.cache import PrunedLayer, check_dynamic
 from itprune.engine.context import CONTEXT, Context
 from itprune.engine.encoder import EncoderHooks
 from itprune.engine.features import TokenHooks
@@ -67,7 +67,9 @@ class Engine:
         eager = self._text.config._attn_implementation == "eager"  # it gets no mask by flag
         self._plain = not (_slides(self._text.config) or eager) and family.causal
         self._arguments = tuple(signature(model.forward).parameters)
+        self._inner_arguments = tuple(signature(model.base_model.forward).parameters)
         self._request: Request | None = None
+        self._inner = False
         self._reader = QuestionReader(
             self._text, model.get_input_embeddings(), self._text.config.hidden_size
         )
@@ -116,6 +118,8 @@ class Engine:
         self._handles += [
             pre(model, self._open_request),
             post(model, self._close_request, always_call=True),
+            pre(model.base_model, self._open_inner),
+            post(model.base_model, self._close_inner, always_call=True),
             pre(head, self._before_head),
             pre(self._text, self._open_context),
             post(self._text, self._close_context, with_kwargs=True, always_call=True),
@@ -137,12 +141,30 @@ class Engine:
         self._attention.clear()
 
     # ------------------------------------------------------------------------ whole model
+    def _open_inner(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A trainer with a loss of its own may call the model without its head."""
+        self._inner = self._request is None
+        return self._open(self._inner_arguments, base, args, kwargs) if self._inner else None
+
+    def _close_inner(self, base: nn.Module, args: Any, output: Any) -> None:
+        if self._inner:
+            self._inner = False
+            self._close_request(base, args, output)
+
     def _open_request(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        request = Request.read({**dict(zip(self._arguments, args, strict=False)), **kwargs})
+        return self._open(self._arguments, model, args, kwargs)
+
+    def _open(
+        self, names: tuple[str, ...], model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        request = Request.read({**dict(zip(names, args, strict=False)), **kwargs}, model.training)
         wanted = self.config.label_only_logits
         active = not self.method.idle and request.has_images
         if active and request.ids is None:
             raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        if active and isinstance(cache, Cache):
+            check_dynamic(cache)
         if model.training and (wanted == "always" or (wanted == "pruned" and active)):
             kwargs = request.label_only(kwargs)
         self._request = request

@@ -107,19 +107,23 @@ class TokenPass(EncoderPass):
             total = len(slots)
         self._check(shown, flat)
         images = self._images(flat[shown.slots()], shown, whole, total)
-        protected = self.protected(total)
-        kept = self.choose(images, None if protected is None else protected[slots])
+        place = slots if whole.place is None else whole.place
+        protected = self.protected(total if whole.places is None else whole.places)
+        kept = self.choose(images, None if protected is None else protected[place])
         self.chunks = {}
         if bool(kept.keep.all()) and kept.features is None:
             return flat
         features = images.features if kept.features is None else kept.features
-        place = slots[kept.keep]
         out = flat.new_zeros(total, flat.shape[1])
-        out = out.index_copy(0, place, features[kept.keep].to(flat.dtype))
+        out = out.index_copy(0, slots[kept.keep], features[kept.keep].to(flat.dtype))
         if whole.separator is None:
             return out
-        separator = whole.separator[kept.keep].unique()
-        separator = separator[separator >= 0]
+        stays = torch.zeros(total + 1, dtype=torch.bool, device=flat.device)
+        stays[whole.separator[kept.keep]] = True  # -1, which is none, marks the place too many
+        if protected is not None:  # what speaks after an image may be the newline behind it
+            stays[:-1] |= protected
+        stays[slots] = False
+        separator = stays[:-1].nonzero()[:, 0]
         return out.index_copy(0, separator, flat[separator])
 
     def _check(self, shown: Geometry, flat: Tensor) -> None:
@@ -134,8 +138,9 @@ class TokenPass(EncoderPass):
         assert self.pixels is not None
         clip = self.asker.video == "clip"
         grouped, full = (g.by_clip() if clip else g for g in (shown, whole))
-        first = whole.slots()[full.lens.cumsum(0) - full.lens]
-        sample = self.samples(first, total)
+        place = whole.slots() if whole.place is None else whole.place
+        first = place[full.lens.cumsum(0) - full.lens]
+        sample = self.samples(first, total if whole.places is None else whole.places)
         return Images(
             features=tokens,
             lens=grouped.lens,

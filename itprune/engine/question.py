@@ -88,19 +88,32 @@ class Question:
     reader: QuestionReader
 
     def protected(self, slots: int) -> Tensor:
-        """(slots,) slots that must stay; none for a blank image beside the batch."""
+        """(slots,) slots that must stay; none for a blank image beside a batch of text."""
         protected = self.sequence.protected[self.visual]
-        return protected if len(protected) == slots else protected.new_zeros(slots)
+        return protected if self._holds(slots) else protected.new_zeros(slots)
 
     def sample_of(self, first: Tensor, slots: int) -> Tensor:
-        """The batch row of each image; zeros for images that are not of this batch.
+        """The batch row of each image; zeros for a blank image beside a batch of text.
 
         Args:
             first: (n,) first slot of each image.
             slots: of all images.
         """
-        row = self.visual.nonzero()[:, 0]
-        return row[first] if len(row) == slots else torch.zeros_like(first)
+        return self.visual.nonzero()[:, 0][first] if self._holds(slots) else torch.zeros_like(first)
+
+    def _holds(self, slots: int) -> bool:
+        """Whether the batch has a placeholder for each slot, or else none at all.
+
+        Raises:
+            ValueError: neither.
+        """
+        count = int(self.visual.sum())
+        if count not in (0, slots):
+            raise ValueError(
+                f"the prompt has {count} image tokens, but its images make {slots}: image features "
+                "and image tokens do not match; let one call of the processor make both"
+            )
+        return count > 0
 
     @property
     def _asked(self) -> Tensor:

@@ -35,11 +35,13 @@ class Request:
     """image, video -> encoder output made before this call; it may still wait for the question."""
     guesses: int = 0
     """Tokens assisted decoding appends to be verified: their logits are needed."""
+    learns: bool = False
+    """The model is in training mode."""
     head_mask: Tensor | None = None
     """(B, S) positions the head computes; None: as the host says."""
 
     @classmethod
-    def read(cls, kwargs: dict[str, Any]) -> Request:
+    def read(cls, kwargs: dict[str, Any], learns: bool = False) -> Request:
         """Reads the call's arguments, by name."""
         ids, labels, targets = (kwargs.get(k) for k in ("input_ids", "labels", "shift_labels"))
         if targets is None and labels is not None:
@@ -57,6 +59,7 @@ class Request:
             # Placeholder ids alone are not enough: a model may generate them while decoding.
             encoded=encoded,
             has_images=pixels or bool(encoded),
+            learns=learns,
         )
 
     def label_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +92,8 @@ class Request:
         supervised = blank if self.targets is None else self.targets != IGNORE
         supervised = supervised | F.pad(supervised, (1, 0))[:, :-1]  # labels and their predictors
         last = (valid * (place + 1)).argmax(1)
+        if self.learns and self.targets is None and not prompt.assistant_prefix:
+            supervised = ~visual  # a loss of the caller's own, on text we know nothing about
         protected = prompt.protected(ids) & ~visual | supervised
         protected = protected | (place >= last[:, None] - self.guesses)
         end = self._first_answer(ids, prompt, last - self.guesses)

@@ -82,4 +82,6 @@ class LlavaOnevision(LlavaNext):
             slot=torch.arange(len(clip)) + clip if ends else None,
             separator=(clip + 1) * (frames * each + 1) - 1 if ends else None,
             clip=torch.arange(clips).repeat_interleave(frames),
+            place=None if ends else torch.arange(len(clip)) + clip,
+            places=None if ends else len(clip) + clips,
         )

@@ -86,6 +86,7 @@ class Aim(Layered):
         "Merging is that of the image code, before the projector (published for video: behind it). "
         "A keep sets how far is merged.",
     )
+    needs_patches = True
     places: tuple[str, ...] = ("before_llm", "layers")  # type: ignore[assignment, unused-ignore]
 
     def __init__(self, options: AimOptions, host: Host) -> None:

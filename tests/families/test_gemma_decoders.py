@@ -175,6 +175,8 @@ def test_methods_inside_the_decoder(name: str, method: str) -> None:
     model = build(name)
     rows = ((5, "image", 9, "answer"), (3, "image", 4, "answer"))
     options = {"window": None} if method == "yopo" else {}
+    if method == "yopo" and model.get_decoder().config._attn_implementation == "eager":
+        pytest.skip("refused, as tests/test_family_methods.py shows: it caps attention scores")
     with attach(model, PruneConfig(method, keep=0.5, options=options), prompt=PROMPT) as pruner:
         data = batch(name, model, rows)
         with torch.no_grad():

@@ -14,6 +14,7 @@ from tests.families.packed import weights_of, weights_of_the_host
 from tests.families.paths import support
 from tests.family_configs import IMAGE, TEXT, TILINGS, VISION
 from tests.family_models import build
+from tests.oracle import drops_of, masked, recorded_rows
 
 SIZES = ((24, 48), (48, 16), (40, 40), (20, 50))
 """Their tiles: 2, 2, 4 and 2 beside the overview; the mosaics of all but the first have margins."""
@@ -168,6 +169,23 @@ def test_a_blank_image(model) -> None:
     found = geometry(model, blank)
     assert blank["pixel_values"].shape[1] == 3  # as few tiles as the host can do with
     assert len(features(model, blank)) == int(found.lens.sum()) + 6
+
+
+@pytest.mark.parametrize("method", ["topk_cls", "random"])
+def test_a_newline_that_speaks_the_answer_stays(model, method: str) -> None:
+    """Without a word between image and answer, the answer follows the last newline."""
+    data = inputs(((24, 48),))
+    slots = len(features(model, data))
+    ids = torch.tensor([[1, 5, 6, *[IMAGE] * slots, 9, 10, 11]])
+    labels = torch.where(ids > 8, ids, -100).masked_fill(ids == IMAGE, -100)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **data}
+    with attach(model, PruneConfig(method, keep=0.02)), recorded_rows(model) as found:
+        loss = model(**call).loss
+    gone = drops_of(found)[0][0]
+    assert not gone[2 + slots]
+    assert int(gone.sum()) > slots // 2
+    with masked(model, drops_of(found)):
+        assert abs(loss - model(**call).loss) < 1e-5
 
 
 def test_windows_are_refused(model) -> None:

@@ -15,7 +15,8 @@ from itprune.geometry import Geometry
 from tests.families.packed import weights_of, weights_of_the_host
 from tests.families.paths import support
 from tests.family_configs import IMAGE, TEXT, VIDEO, VISION
-from tests.family_models import build
+from tests.family_models import batch, build
+from tests.family_oracle import PROMPT
 
 SIZES = ((24, 48), (48, 16), (48, 40))
 """The last mosaic, 12 x 10 patches, is more than two tiles by far: the host makes it smaller."""
@@ -258,3 +259,12 @@ def test_videos_without_a_class_token_to_take_away_are_refused(model) -> None:
         clip_features(model, data)
     with pytest.raises(ValueError, match="vision_feature_select_strategy"):
         clip_geometry(model, data)
+
+
+def test_each_clip_is_read_with_its_own_question(model) -> None:
+    """Also where the host puts the newline behind the features itself (transformers 5.17)."""
+    rows = ((5, "video", 6, "answer"), (2, "video", 9, "answer"))
+    with attach(model, PruneConfig("cdpruner", keep=0.3), prompt=PROMPT), torch.no_grad():
+        both = model(**batch("llava_onevision", model, rows)).logits[1]
+        alone = model(**batch("llava_onevision", model, rows, order=(1,))).logits[0]
+    assert (both[: len(alone)] - alone).abs().max() < 1e-5
