@@ -40,7 +40,7 @@ test-fast: $(READY)
 $(OLDEST)/.ready-$(TORCH): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt torch==$(TORCH) -e . pytest pytest-xdist hypothesis
+		-c constraints-oldest.txt torch==$(TORCH) -e '.[search]' pytest pytest-xdist hypothesis
 	touch $@
 
 test-oldest: $(OLDEST)/.ready-$(TORCH)  ## the oracles with the oldest supported transformers
