@@ -15,6 +15,9 @@ MOST_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 24}
 """Attention logits held at a time: 8 MiB that stay in a CPU's cache, 64 MiB on a GPU, where every
 launch counts."""
 
+MOST_QUERIES = 1024
+"""Tokens of an image whose attention is averaged."""
+
 
 @torch.no_grad()
 def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -61,24 +64,33 @@ def attention_received(
 ) -> Tensor:
     """Mean attention each token receives: the substitute where an encoder has no CLS.
 
+    Images of more than `MOST_QUERIES` tokens are asked by that many of them, evenly spaced: a mean
+    over a thousand rows hardly moves, and the whole map would cost as much as a block of the tower.
+
     Args:
         query: (n, H, T, d).
         key: (n, H, T, d).
         scale: softmax scale of the layer.
-        mask: (n, 1, T, T) bool, True = seen; None: everything.
+        mask: (n, 1, T, T) bool, True = seen; None: everything. What nobody sees asks nothing.
 
     Returns:
         (n, T) float32.
     """
     images, heads, length, _ = query.shape
+    asking = torch.ones(images, length, dtype=torch.bool, device=query.device)
+    if mask is not None:
+        asking = mask[:, 0].any(1)
+    index = torch.arange(length, device=query.device)
+    if length > MOST_QUERIES:
+        index = torch.arange(MOST_QUERIES, device=query.device) * length // MOST_QUERIES
     total = query.new_zeros(images, length, dtype=torch.float32)
     # A few rows of queries at a time: a map of all of them would not fit for thousands of patches.
     most = MOST_LOGITS.get(query.device.type, MOST_LOGITS["cuda"])
-    rows = max(most // max(images * heads * length, 1), 1)
-    for start in range(0, length, rows):
-        part = slice(start, start + rows)
+    for part in index.split(max(most // max(images * heads * length, 1), 1)):
         logits = (query[:, :, part] @ key.transpose(-1, -2)).float().mul_(scale)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, :, part], -1e30)
-        total += torch.softmax(logits, -1).sum((1, 2))
-    return total / (heads * length)
+        attention = torch.softmax(logits, -1)
+        total += torch.einsum("nhqt,nq->nt", attention, asking[:, part].float())
+    count = asking[:, index].sum(1, keepdim=True).clamp(min=1)
+    return total / (heads * count)
