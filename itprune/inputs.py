@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 IGNORED = -100
 """Label of a token that is not supervised."""
@@ -43,7 +43,7 @@ def load_processor(path: str | Path) -> Any:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise ValueError(_refusal(path, error)) from None
-    parts = processor.get_attributes() if hasattr(processor, "get_attributes") else ()
+    parts = processor.get_attributes() if isinstance(processor, ProcessorMixin) else ()
     for name in ("tokenizer", "image_processor"):
         if name not in parts:
             raise ValueError(f"{path}: its processor has no {name}")
