@@ -117,9 +117,7 @@ def examine(
             that cannot run here.
     """
     base = Path(base_folder(folder)) if (folder / ADAPTER_FILE).exists() else folder
-    config = AutoConfig.from_pretrained(base)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = _model(base)
     family = find_family(model)
     wanted = _wanted(folder, method, keep)
     missing = []
@@ -134,7 +132,7 @@ def examine(
     runs, refused = _methods(model, wanted.keep_at(1.0))
     return Diagnosis(
         model=str(folder),
-        family=config.model_type,
+        family=model.config.model_type,
         model_class=type(model).__name__,
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
         llm_layers=host.depth,
@@ -150,6 +148,21 @@ def examine(
         refused=refused,
         missing=tuple(missing),
     )
+
+
+def _model(base: Path) -> PreTrainedModel:
+    """The model of a config, without weights.
+
+    Raises:
+        ValueError: no model can be made of its values.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # a wrong value may break transformers anywhere
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{base / 'config.json'}: no model can be made of it ({said})") from error
 
 
 # ------------------------------------------------------------------------------------ methods

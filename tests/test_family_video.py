@@ -125,6 +125,18 @@ def test_a_batch_with_clips_is_its_rows(name: str, side: str) -> None:
 
 
 @video_family
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
+def test_frames_are_made_smaller_one_by_one(name: str, keep: float) -> None:
+    """No token of a smaller clip is made of two frames, and none is made larger again."""
+    found = []
+    for budget in ("frame", "clip"):
+        config = PruneConfig("downsample", keep=keep, video=budget)
+        with attached(name, config) as (model, _), torch.no_grad():
+            found.append(model(**prompts(batch(name, model, ROWS))).logits)
+    assert torch.equal(*found)
+
+
+@video_family
 def test_stages_differ_in_nothing_else(name: str) -> None:
     """A choice that looks at nothing keeps the same with both budgets where no budget is asked."""
     found = []

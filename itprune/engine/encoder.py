@@ -195,6 +195,8 @@ class EncoderHooks(ABC, Generic[Pass]):
 def _answer_late(vision: EncoderPass | None, output: Any, question: Question) -> None:
     """Rows may repeat each sample (beams): the features then do, too."""
     given, per_row = flat_features(output.pooler_output), question.visual.sum(1)
+    if vision is None and bool((given == 0).all(-1).any()):
+        return  # chosen already: without a cache `generate` hands over the same output every step
     own = given.new_empty(0) if vision is None or vision.encoded is None else vision.encoded
     step, rest = divmod(len(given), max(len(own), 1))
     if vision is not None and not rest and int(per_row.sum()) != len(given):

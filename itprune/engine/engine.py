@@ -36,7 +36,7 @@ from itprune.engine.features import TokenHooks
 from itprune.engine.patches import PatchHooks
 from itprune.engine.positions import Positions
 from itprune.engine.question import Question, QuestionReader, many_ranks
-from itprune.engine.request import Request
+from itprune.engine.request import Request, check_one_sample
 from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
 from itprune.engine.spare import Savings
@@ -160,8 +160,8 @@ class Engine:
         request = Request.read({**dict(zip(names, args, strict=False)), **kwargs}, model.training)
         wanted = self.config.label_only_logits
         active = not self.method.idle and request.has_images
-        if active and request.ids is None:
-            raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
+        if active:
+            request.check_prunable()
         cache = kwargs.get("past_key_values")
         if active and isinstance(cache, Cache):
             check_dynamic(cache)
@@ -207,6 +207,8 @@ class Engine:
         request, embeds = self._request, kwargs.get("inputs_embeds")
         if request is None or embeds is None:
             return None
+        if request.ids is None and self.vision.works:
+            request.check_embedded(embeds)
         if text.training and not request.has_images and many_ranks():
             # Here, where a real image's features come in: ZeRO-3 gathers weights in module order.
             kwargs = {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
@@ -237,6 +239,8 @@ class Engine:
     def _context(self, request: Request, kwargs: dict[str, Any], active: bool) -> Context:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
+        if active and mask is None and cache is None:
+            check_one_sample(kwargs.get("position_ids"))
         past = cache.get_seq_length() if cache is not None else 0
         plain = self._plain and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         samples, length = embeds.shape[:2]
@@ -322,5 +326,8 @@ def _is_pruned(cache: Any) -> bool:
 
 def _slides(config: PreTrainedConfig) -> bool:
     """Some layers attend to less than the whole past, so their masks carry more than causality."""
-    types = config.to_dict().get("layer_types") or ()
-    return any(kind != "full_attention" for kind in types)
+    values = config.to_dict()
+    types = values.get("layer_types")
+    if types:
+        return any(kind != "full_attention" for kind in types)
+    return values.get("sliding_window") is not None  # Mistral, Phi-3, …: one kind of layer

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from itprune.engine.attention import KEYWORD, AttentionCall
 from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass, flat_features, like
@@ -136,7 +137,8 @@ class TokenPass(EncoderPass):
 
     def _images(self, tokens: Tensor, shown: Geometry, whole: Geometry, total: int) -> Images:
         assert self.pixels is not None
-        clip = self.asker.video == "clip"
+        # What makes pictures smaller does so frame by frame: a tall grid would mix frames.
+        clip = self.asker.video == "clip" and "pixels" not in self.asker.method.places
         grouped, full = (g.by_clip() if clip else g for g in (shown, whole))
         place = whole.slots() if whole.place is None else whole.place
         first = place[full.lens.cumsum(0) - full.lens]
@@ -203,34 +205,50 @@ class TokenHooks(EncoderHooks[TokenPass]):
     def __init__(self, asker: Asker, family: TokenFamily) -> None:
         super().__init__(asker)
         self.family = family
-        self._wrapped: list[str] = []
+        self._wrapped: dict[str, Any] = {}
+        """Name -> what the instance itself had under it; None: nothing, the class's own."""
+        self._projections: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._listening: dict[int, list[RemovableHandle]] = {}
 
     def install(self) -> None:
         family, base = self.family, self.family.model.base_model
         for kind in family.placeholders:
             name = f"get_{kind}_features"
+            self._wrapped[name] = base.__dict__.get(name)
             base.__dict__[name] = Wrapped(self, kind, getattr(base, name))
-            self._wrapped.append(name)
         self.handles.append(
             family.tower.register_forward_pre_hook(self._before_tower, with_kwargs=True)
         )
-        for index, block in enumerate(family.blocks):
-            if family.query_key(block) is not None:
-                self._listen(index, block)
+        self._listen()
         super().install()
 
     def remove(self) -> None:
         super().remove()
-        for name in self._wrapped:
-            del self.family.model.base_model.__dict__[name]
+        for handle in (h for handles in self._listening.values() for h in handles):
+            handle.remove()
+        self._listening.clear()
+        self._projections.clear()
+        own = self.family.model.base_model.__dict__
+        for name, before in self._wrapped.items():
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
         self._wrapped.clear()
 
-    def _listen(self, index: int, block: nn.Module) -> None:
-        projections = self.family.query_key(block)
-        assert projections is not None
-        for name, module in zip(("query", "key"), projections, strict=True):
-            hook = functools.partial(self._after_projection, index, name)
-            self.handles.append(module.register_forward_hook(hook))
+    def _listen(self) -> None:
+        """Stands behind the projections there are: adapters put on, or merged, replace modules."""
+        for index, block in enumerate(self.family.blocks):
+            projections = self.family.query_key(block)
+            if projections is None or projections == self._projections.get(index):
+                continue
+            for handle in self._listening.get(index, ()):
+                handle.remove()
+            self._projections[index] = projections
+            self._listening[index] = [
+                module.register_forward_hook(functools.partial(self._after_projection, index, name))
+                for name, module in zip(("query", "key"), projections, strict=True)
+            ]
 
     def _before_tower(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.current is not None:
@@ -256,17 +274,19 @@ class TokenHooks(EncoderHooks[TokenPass]):
         """Makes the call and takes what the method drops out of its output."""
         if self.current is not None or not self.works:  # a call inside another is part of it
             return call(*args, **kwargs)
+        self._listen()
         arguments = _named(call, args, kwargs)
+        whole = arguments.pop("return_dict", self.family.model.base_model.config.return_dict)
         self.current = vision = self._pass(kind, arguments)
         try:
-            output = call(**vision.arguments)
+            output = call(**vision.arguments, return_dict=True)
         finally:
             self.current = None
         with self.asker.quiet():
             output.pooler_output = vision.reduce(output.pooler_output)
         if vision.flat is not None:
             self.waiting[kind] = vision
-        return output
+        return output if whole in (True, None) else output.to_tuple()
 
     def _pass(self, kind: str, arguments: dict[str, Any]) -> TokenPass:
         whole = shown = self.family.geometry(kind, arguments)

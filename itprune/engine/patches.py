@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from itprune.engine.attention import KEYWORD, AttentionCall
 from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass
@@ -114,6 +115,7 @@ class PatchPass(EncoderPass):
             features, extra = features.split(
                 [features.shape[1] - len(self.tokens), len(self.tokens)], 1
             )
+        self._check_block(features)
         count, length, _ = features.shape
         pixels = self.pixels if self.shown is None else self.shown
         rows, columns = self.family.grid(pixels)
@@ -139,6 +141,19 @@ class PatchPass(EncoderPass):
             extra=extra,
         )
 
+    def _check_block(self, features: Tensor) -> None:
+        """Raises ValueError: (n, P, D) features that the scored block did not make."""
+        block = self.blocks.get(self.family.feature_block)
+        if block is None:
+            return
+        made = block.hidden[:, -features.shape[1] :]
+        given = features.detach()[..., -made.shape[-1] :]  # of several layers the last one counts
+        if bool(((given != made) & (given == given)).any()):  # what is no number equals nothing
+            raise ValueError(
+                "vision_feature_layer of this call is not the layer of the model's config, whose "
+                "block is scored; set it in the config before `attach`"
+            )
+
     def _block(self, index: int) -> Block:
         if index not in self.blocks:
             raise ValueError(f"vision block {index} was not asked for in `vision_blocks`")
@@ -151,6 +166,8 @@ class PatchHooks(EncoderHooks[PatchPass]):
     def __init__(self, asker: Asker, family: PatchFamily) -> None:
         super().__init__(asker)
         self.family = family
+        self._projector: nn.Module | None = None
+        self._around_projector: list[RemovableHandle] = []
 
     def install(self) -> None:
         super().install()
@@ -158,14 +175,34 @@ class PatchHooks(EncoderHooks[PatchPass]):
         self.handles += [
             family.tower.register_forward_pre_hook(self._open, with_kwargs=True),
             family.embeddings.register_forward_hook(self._after_embeddings),
-            family.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True),
-            family.projector.register_forward_hook(self._after_projector),
+        ]
+        self._surround()
+
+    def remove(self) -> None:
+        super().remove()
+        for handle in self._around_projector:
+            handle.remove()
+        self._around_projector.clear()
+        self._projector = None
+
+    def _surround(self) -> None:
+        """Stands before and behind the projector there is: PEFT may put another in its place."""
+        projector = self.family.projector
+        if projector is self._projector:
+            return
+        for handle in self._around_projector:
+            handle.remove()
+        self._projector = projector
+        self._around_projector = [
+            projector.register_forward_pre_hook(self._before_projector, with_kwargs=True),
+            projector.register_forward_hook(self._after_projector),
         ]
 
     def _open(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.current = None
         if not self.works:
             return None
+        self._surround()
         self.current = PatchPass(
             self.asker,
             "image",

@@ -62,6 +62,29 @@ class Request:
             learns=learns,
         )
 
+    def check_prunable(self) -> None:
+        """Raises ValueError: a call that shows less than what a choice is made from."""
+        if self.ids is None:
+            raise ValueError("token pruning needs input_ids beside the pixels, not inputs_embeds")
+        # What chunked prefill cuts out of the encoder's output keeps the features alone.
+        if any(output.get("last_hidden_state") is None for output in self.encoded.values()):
+            raise ValueError(
+                "a prompt with images must be read at once, since its question may stand behind "
+                "them; leave prefill_chunk_size unset, or hand over mm_encoder_outputs as the "
+                "encoder made them"
+            )
+
+    def check_embedded(self, embeds: Tensor) -> None:
+        """Raises ValueError: slots a method left empty, (B, S, W), among which it cannot be told
+        where images stand: they would be attended to."""
+        shape = (embeds.shape[0], embeds.shape[1])
+        empty = (embeds == 0).all(-1) & self.padding(shape, embeds.device).valid
+        if bool(empty.any()):
+            raise ValueError(
+                "inputs_embeds hold pruned image features, whose empty slots must not be seen; "
+                "pass input_ids and pixel_values, or get the features before `attach`"
+            )
+
     def label_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Asks for logits at supervised positions only; (M, vocab) in row-major order."""
         wanted = kwargs.get("logits_to_keep", 0)
@@ -128,3 +151,21 @@ def _asks(visual: Tensor, instruction: Tensor, end: Tensor) -> Tensor:
     none = ~asks.any(1)
     fallback = torch.zeros_like(asks).scatter(1, (end - 1).clamp(min=0)[:, None], True)
     return asks | (fallback & none[:, None])
+
+
+def check_one_sample(position_ids: Tensor | None) -> None:
+    """The host reads (B, S) position ids, the first axis of (4, B, S), that do not count on by one
+    as several samples in a row, and keeps them apart.
+
+    Raises:
+        ValueError: a row has several samples.
+    """
+    if position_ids is None or (position_ids.ndim == 3 and len(position_ids) != 4):
+        return
+    ids = position_ids[0] if position_ids.ndim == 3 else position_ids
+    if bool((ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids: several samples packed into one row cannot be pruned, since each has a "
+            "question of its own; give every sample its row and pass attention_mask (rows of "
+            "different lengths cost nothing: layers run on packed tokens anyway)"
+        )

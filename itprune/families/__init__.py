@@ -59,9 +59,15 @@ def find_family(model: PreTrainedModel) -> Family:
     """The adapter for a model.
 
     Raises:
-        ValueError: an architecture we do not know.
+        ValueError: an architecture we do not know, or a model without its language-model head.
     """
-    return family_class(model.config.model_type)(model)
+    family = family_class(model.config.model_type)
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, and token pruning works around "
+            "it; load the model with AutoModelForImageTextToText"
+        )
+    return family(model)
 
 
 @cache

@@ -22,3 +22,21 @@ def feature_block(layer: int | list[int], blocks: int) -> int:
             f"{blocks} vision blocks, so there is no attention to score with"
         )
     return index
+
+
+def check_layer(layer: int | list[int] | None, config: int | list[int], blocks: int) -> None:
+    """Refuses a layer handed to one call that is not the config's, whose block is scored.
+
+    Args:
+        layer: `vision_feature_layer` of the call; None: the config's.
+        config: `vision_feature_layer` of the config.
+        blocks: of the encoder.
+
+    Raises:
+        ValueError: they name different blocks.
+    """
+    if layer is not None and feature_block(layer, blocks) != feature_block(config, blocks):
+        raise ValueError(
+            f"vision_feature_layer {layer} of this call is not the layer of the model's config, "
+            "whose block is scored; set it in the config before `attach`"
+        )

@@ -15,7 +15,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedModel
 
 from itprune.families import register_family
 from itprune.families.base import TokenFamily
-from itprune.families.features import feature_block
+from itprune.families.features import check_layer, feature_block
 from itprune.families.squares import square_side
 from itprune.geometry import Geometry, tiles
 
@@ -61,12 +61,8 @@ class InternVL(TokenFamily):
         )
 
     def geometry(self, kind: str, arguments: Mapping[str, Any]) -> Geometry:
-        layer = arguments.get("vision_feature_layer")
-        if layer is not None and feature_block(layer, len(self.blocks)) != self.feature_block:
-            raise ValueError(
-                f"vision_feature_layer {layer} of this call is not the layer of the model's "
-                "config, whose block is scored; set it in the config before `attach`"
-            )
+        layer, own = arguments.get("vision_feature_layer"), self.model.config.vision_feature_layer
+        check_layer(layer, own, len(self.blocks))
         pixels, model, merge = arguments["pixel_values"], self.model.model, self.merge
         rows, columns = self.tower.config.patch_size
         side = square_side(pixels, (rows, columns), merge)

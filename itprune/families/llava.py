@@ -24,6 +24,14 @@ class Llava(PatchFamily):
     has_cls = True
     model: LlavaForConditionalGeneration
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        if (kind := self.tower.config.model_type) != "clip_vision_model":
+            raise ValueError(
+                f"the vision encoder {kind!r} of this model is not supported: only CLIP "
+                "hands on its attention here and puts a class token first"
+            )
+
     @property
     def tower(self) -> PreTrainedModel:
         return self.model.model.vision_tower

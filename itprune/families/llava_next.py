@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from itprune.families import register_family
 from itprune.families.base import TokenFamily
-from itprune.families.features import feature_block
+from itprune.families.features import check_layer, feature_block
 from itprune.families.mosaic import mosaic
 from itprune.geometry import Geometry
 
@@ -72,10 +72,7 @@ class LlavaNext(TokenFamily):
         return side, side
 
     def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
-        raise ValueError(
-            "images of this model differ in rows and columns, so their tokens cannot be told to "
-            "windows of attention by counting; set window to null"
-        )
+        raise ValueError("images of this model differ in rows and columns; set window to null")
 
     def blank_image(self) -> dict[str, Tensor]:
         config, weight = self.tower.config, next(self.tower.parameters())
@@ -99,6 +96,8 @@ class LlavaNext(TokenFamily):
 
     def strategy(self, arguments: Mapping[str, Any]) -> str:
         """Which of a tile's tokens become features: such that a rectangle is left."""
+        layer, own = arguments.get("vision_feature_layer"), self.model.config.vision_feature_layer
+        check_layer(layer, own, len(self.blocks))
         name = "vision_feature_select_strategy"
         chosen, fits = arguments.get(name), "default" if self.has_cls else "full"
         chosen = self.model.config.vision_feature_select_strategy if chosen is None else chosen

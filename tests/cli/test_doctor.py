@@ -20,6 +20,8 @@ from tests.tiny_templates import tokenizer
 HAS_TORCHVISION = find_spec("torchvision") is not None
 SCORES = dict.fromkeys(MAKERS, "attention received")
 SCORES |= {"llava_next": "attention of CLS", "internvl": "attention of CLS"}
+BLOCKS = {"llava_next": 1, "qwen2_5_vl": 1}
+"""Which of three scores, where it is not the last."""
 GRIDS = {
     "llava_next": [[4, 4], [4, 8]],
     "llava_onevision": [[4, 4], [4, 8]],
@@ -54,7 +56,10 @@ def test_every_family_is_described(name: str, doctor: Any, tmp_path: Path) -> No
     assert found["family"] == name
     assert found["llm_layers"] == 4
     assert found["vision_blocks"] == 3
+    assert found["llm_width"] == 32
+    assert found["position_axes"] == (3 if name.startswith("qwen") else 1)
     assert found["score"] == SCORES[name]
+    assert found["score_block"] == BLOCKS.get(name, 2)
     assert found["missing"] == []
     picture = found["picture"]
     assert picture["grids"] == GRIDS[name]
@@ -102,6 +107,13 @@ def test_where_a_method_acts(
         spent = [b - a for a, b in pairwise(ends)]
         average = sum(n * share for n, share in zip(spent, found["shares"], strict=True)) / 4
         assert average == pytest.approx(0.5, abs=1e-3)
+
+
+def test_positions_are_told(doctor: Any, tiny_llava_folder: Path) -> None:
+    found = doctor(tiny_llava_folder, "--method", "divprune", "--keep", "0.5")
+    assert found["pruning"]["positions"] == "contiguous"
+    found = doctor(tiny_llava_folder, "--method", "itprune", "--keep", "0.5")
+    assert found["pruning"]["positions"] == "original"
 
 
 def test_a_checkpoint_speaks_for_itself(doctor: Any, checkpoint: Path) -> None:
@@ -173,6 +185,8 @@ def test_without_torchvision_the_picture_is_still_counted(
         pytest.skip("this transformers has no image processors without torchvision")
     found = doctor(tmp_path, "--image-size", "200x100")
     assert "needs the package torchvision" in found["missing"][0]
+    qwen = name == "qwen2_5_vl"
+    assert (found["position_axes"], found["score_block"]) == ((3, 1) if qwen else (1, 2))
     expected = [[4, 7]] if name == "qwen2_5_vl" else GRIDS[name]
     assert found["picture"]["grids"] == expected
 
@@ -207,3 +221,25 @@ def test_what_it_cannot_examine_is_one_sentence(
     config = wrong / "processor_config.json"
     config.write_text(config.read_text().replace('"patch_size": 14', '"patch_size": 28'))
     assert "do not belong together" in refusal(wrong)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "num_hidden_layers", "four"),
+        ("text_config", "hidden_size", -3),
+        ("vision_config", "patch_size", 0),
+    ],
+)
+def test_values_no_model_can_be_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, name: str, value: object
+) -> None:
+    config = build_folder("gemma3", tmp_path) / "config.json"
+    values = json.loads(config.read_text())
+    values[part][name] = value
+    config.write_text(json.dumps(values))
+    capsys.readouterr()  # what making the folder printed
+    assert main(["doctor", "--model", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "config.json: no model can be made of it" in err.splitlines()[-1]
