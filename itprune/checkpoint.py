@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
@@ -25,7 +26,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from itprune.attach import Attached, attach, base_model
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig, Schedule
-from itprune.inputs import load_processor
+from itprune.inputs import bad_config, load_processor
 from itprune.prompt import PromptFormat
 from itprune.trained import is_trained
 
@@ -234,9 +235,12 @@ def base_folder(folder: Path) -> str | Path:
 
 
 def _load_base(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except StrictDataclassError as error:
+        raise bad_config(path, error) from None
     if info["missing_keys"]:
         raise ValueError(f"{path}: weights are missing, e.g. {sorted(info['missing_keys'])[0]}")
     return model

@@ -207,7 +207,7 @@ def _pruning(family: Family, config: PruneConfig) -> Pruning:
             method=config.method,
             keep=method.keep,
             places=tuple(method.places),
-            before_llm=not idle and bool({"pixels", "tower", "before_llm"} & {*method.places}),
+            before_llm=not idle and method.acts_before_llm,
             layers=() if idle else method.layers(),
             shares=(1.0,) if idle else method.shares(),
             positions=_positions(config, family, method),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, ProcessorMixin
@@ -41,6 +42,8 @@ def load_processor(path: str | Path) -> Any:
     """
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise bad_config(path, error) from None
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise ValueError(_refusal(path, error)) from None
     parts = processor.get_attributes() if isinstance(processor, ProcessorMixin) else ()
@@ -48,6 +51,11 @@ def load_processor(path: str | Path) -> Any:
         if name not in parts:
             raise ValueError(f"{path}: its processor has no {name}")
     return processor
+
+
+def bad_config(path: str | Path, error: StrictDataclassError) -> ValueError:
+    """What to raise where config.json holds a value of the wrong kind."""
+    return ValueError(f"{path}: config.json: {' '.join(str(error).split())}")
 
 
 def _refusal(path: str | Path, error: Exception) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itprune.ragged import group_ids, group_sizes
+from itprune.ragged import group_ids
 from itprune.scores import attention_received, cls_attention, cls_attention_full_width, cls_cosine
 
 SCORES = ("attention", "cosine", "full_width")
@@ -243,8 +243,3 @@ def fill(images: Images, keep: Tensor, rows: Tensor) -> Kept:
     """Puts row j of (K, D) new features into the j-th kept slot."""
     empty = rows.new_zeros(len(keep), rows.shape[1])
     return Kept(keep, empty.index_copy_(0, keep.nonzero()[:, 0], rows))
-
-
-def kept_lens(kept: Kept, images: Images) -> Tensor:
-    """(n,) how many slots of each image stay."""
-    return group_sizes(group_ids(images.slots)[kept.keep], len(images.slots))

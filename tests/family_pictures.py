@@ -33,7 +33,7 @@ from tests.family_models import build
 from train.scenes.render import PATCH, draw_scenes, sample_scenes
 
 ROOT = Path(__file__).parent.parent
-SEPARATOR, EDGE, NONE = "#D55E00", "#ffffff", "#d9d9d9"
+SEPARATOR, EDGE, NONE = "#D55E00", "#ffffff", "#f4f4f4"
 """Vermilion beside the yellows and blues of cividis: apart for colour-blind readers, too."""
 MAP = "cividis"
 
@@ -62,7 +62,9 @@ class Panel:
         if token is None or token < 0:
             colour = SEPARATOR if token is None else NONE
         ink = "#000000" if token is not None and (token < 0 or share > 0.55) else "#ffffff"
-        patch = Rectangle((column, row), 1, 1, fc=colour, ec=EDGE, lw=0.8)
+        unused = token is not None and token < 0  # hatched: the middle of the map is grey, too
+        edge, hatch = ("#b0b0b0", "////") if unused else (EDGE, None)
+        patch = Rectangle((column, row), 1, 1, fc=colour, ec=edge, lw=0.8, hatch=hatch)
         self.axis.add_patch(patch)
         size = 6.5 if self.wide() else 7.5
         self.axis.text(
@@ -158,7 +160,7 @@ def draw_geometry(out: Path) -> None:
     family = find_family(build("llava_next"))
     pixels, sizes = torch.zeros(1, 3, 3, 24, 24), torch.tensor([[16, 48]])
     geometry = family.geometry("image", {"pixel_values": pixels, "image_sizes": sizes})
-    title = "LLaVA-NeXT: overview, and two tiles with margins (grey)"
+    title = "LLaVA-NeXT: overview, and two tiles with margins (hatched)"
     tiles_panel(upper[2], geometry, 3, 6, title)
     title = "overview, and one mosaic without margins; a newline behind each row"
     token_panel(lower[2], geometry, title)

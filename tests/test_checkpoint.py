@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from itprune import PromptFormat, PruneConfig, attach, calibrate, load_pretrained, save_pretrained
 from itprune.checkpoint import PRUNER_FILE
+from tests.tiny_folders import build_folder
 
 READ = """
 import sys, torch
@@ -143,3 +144,12 @@ def test_untrained_parts_are_not_used(tiny_llava_folder: Path) -> None:
     for method in ("quecc", "topk_cls+dyvte"):
         with pytest.raises(ValueError, match=f"method '{re.escape(method)}' has trained parts"):
             load_pretrained(tiny_llava_folder, method=method, keep=0.5)
+
+
+def test_values_no_model_can_be_made_of_are_one_sentence(tmp_path: Path) -> None:
+    config = build_folder("gemma3", tmp_path) / "config.json"
+    values = json.loads(config.read_text())
+    values["text_config"]["num_hidden_layers"] = "four"
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config.json: .*num_hidden_layers"):
+        load_pretrained(tmp_path)

@@ -296,10 +296,7 @@ def paligemma_processor() -> Any:
 def paligemma_config(processor: Any) -> hf.PreTrainedConfig:
     return hf.PaliGemmaConfig(
         vision_config=hf.SiglipVisionConfig(**TOWER, projection_dim=32, vision_use_head=False),
-        text_config=hf.Gemma2Config(
-            **text(processor, query_pre_attn_scalar=8, sliding_window=256),
-            attn_implementation="sdpa",
-        ),
+        text_config=hf.GemmaConfig(**text(processor)),
         image_token_index=processor.image_token_id,
         projection_dim=32,
         tie_word_embeddings=False,

@@ -169,10 +169,10 @@ def _names(runs: Sequence[str]) -> str:
 
 
 def _reasons(refused: Mapping[str, str]) -> dict[str, list[str]]:
-    """Methods by the reason, told without the option, the name and what would do instead."""
+    """Methods by the reason, told without the option, the name and the list of other methods."""
     found: dict[str, list[str]] = {}
     for name, reason in refused.items():
-        told = reason.removeprefix(f"prune.method: {name} ").partition(";")[0]
+        told = reason.removeprefix(f"prune.method: {name} ").partition("; choose one of")[0]
         found.setdefault(re.sub(rf"\b{name}\b", "it", told), []).append(name)
     return found
 

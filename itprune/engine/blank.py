@@ -10,9 +10,12 @@ from torch import Tensor
 
 from itprune.families.base import Family
 
+INSIDE = ("last_hidden_state", "hidden_states", "attentions")
+"""What an encoder's output tells of its inside: no part of the sequence, and partly unused."""
+
 
 def nothing(family: Family, embeds: Tensor) -> Tensor:
-    """A zero of the dtype of `embeds` that depends on all the encoder makes of a blank image."""
+    """A zero of the dtype of `embeds` that depends on all a blank image adds to a sequence."""
     model: Any = family.model
     output = model.get_image_features(**family.blank_image(), return_dict=True)
     # Some versions of some models leave the features an attribute that is no entry of the output.
@@ -22,9 +25,11 @@ def nothing(family: Family, embeds: Tensor) -> Tensor:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors of an output: some encoders make more than one level of features."""
+    """All features of an output: some encoders make more than one level of them."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping | list | tuple):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
+        named = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for name, part in named:
+            if name not in INSIDE:
+                yield from _tensors(part)

@@ -25,8 +25,6 @@ from itprune.methods.base import Method
 from itprune.tokens import Images, Kept
 from itprune.trace import Trace
 
-VISION_PLACES = {"pixels", "tower", "before_llm"}
-
 
 class Asker(Protocol):
     """What the vision side asks of the engine."""
@@ -164,7 +162,7 @@ class EncoderHooks(ABC, Generic[Pass]):
     def works(self) -> bool:
         """Whether there is anything to do before the LLM."""
         method = self.asker.method
-        return not method.idle and bool(VISION_PLACES.intersection(method.places))
+        return not method.idle and method.acts_before_llm
 
     def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or not self.current.wants(index):

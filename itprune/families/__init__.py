@@ -42,7 +42,7 @@ def families() -> tuple[str, ...]:
 
 
 def family_class(model_type: str) -> type[Family]:
-    """The adapter's class.
+    """A family's class.
 
     Raises:
         ValueError: an architecture we do not know.
@@ -56,7 +56,7 @@ def family_class(model_type: str) -> type[Family]:
 
 
 def find_family(model: PreTrainedModel) -> Family:
-    """The adapter for a model.
+    """The family of a model.
 
     Raises:
         ValueError: an architecture we do not know, or a model without its language-model head.

@@ -1,6 +1,6 @@
 """What the engine needs to know about a model architecture: where things are, never how to prune.
 
-An adapter names modules of a stock transformers model. It owns no forward and imports no method.
+A family names modules of a stock transformers model. It owns no forward and imports no method.
 """
 
 from __future__ import annotations

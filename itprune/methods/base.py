@@ -111,11 +111,17 @@ class Method(nn.Module):
             )
         self.calibration = calibration
 
+    @property
+    def acts_before_llm(self) -> bool:
+        """Whether one of its places is before the LLM."""
+        return not {"pixels", "tower", "before_llm"}.isdisjoint(self.places)
+
     def shares(self) -> tuple[float, ...] | None:
         """Fractions of the visual tokens it aims at on average: into the LLM, and behind each of
         `layers()`; None: only the samples decide."""
-        before_llm = {"pixels", "tower", "before_llm"}.intersection(self.places)
-        return None if self.keep is None or self.layers() or not before_llm else (self.keep,)
+        if self.keep is None or self.layers() or not self.acts_before_llm:
+            return None
+        return (self.keep,)
 
     def positions_at(self, place: str) -> str:
         """The position policy of what is dropped at one of its places."""
