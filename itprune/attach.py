@@ -171,11 +171,10 @@ def _refuse_misfit(model_type: str, family: Family, method: Method, config: Prun
 def _refuse_savings(model_type: str, family: Family, method: Method) -> None:
     """What a method may not spare in attention: where visual tokens stand must be known, and a
     kernel that only the host has must not be replaced."""
-    spared = [s for layer in range(method.depth) if (s := method.sparsity(layer)) is not None]
-    if any(spare.window is not None for spare in spared):
+    if method.windowed:
         family.slot_grids(prod(family.usual_grid))
     own = family.eager is not None and family.text_model.config._attn_implementation == "eager"
-    if own and any(s.window is not None or s.heads is not None or s.blind for s in spared):
+    if own and method.attends:
         raise ValueError(
             f"prune.method: {model_type} runs an attention of its own here, which nothing can be "
             "spared of; set window, heads and cut to null, or choose another method"
@@ -219,10 +218,16 @@ def calibrate(
         raise ValueError("calibration needs samples with images, and found none")
     with _aside(attached):
         found = attached.method.calibrate(_Trial(attached, rows))
-    samples = sum(len(batch["input_ids"]) for batch in rows)
+    samples = sum(_with_images(attached._engine.family, batch["input_ids"]) for batch in rows)
     found = dataclasses.replace(found, samples=samples, host=attached.method.host.to_dict())
     attached.calibration = found
     return found
+
+
+def _with_images(family: Family, ids: Tensor) -> int:
+    """How many of (B, S) rows have images or videos."""
+    visual = torch.isin(ids, torch.tensor(family.visual_token_ids, device=ids.device))
+    return int(visual.any(1).sum())
 
 
 class _Trial:

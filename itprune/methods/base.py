@@ -156,6 +156,16 @@ class Method(nn.Module):
         """What goes on to all later layers. Protected tokens stay anyway."""
         return keep_every(tokens)
 
+    @property
+    def windowed(self) -> bool:
+        """Place `compute`: windows between visual tokens, which needs to know where these stand."""
+        return False
+
+    @property
+    def attends(self) -> bool:
+        """Place `compute`: some layer attends otherwise than the host's own kernel does."""
+        return False
+
     def sparsity(self, layer: int) -> Sparsity | None:
         """Place `compute`: what layer `layer` spares on visual tokens."""
         return None

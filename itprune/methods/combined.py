@@ -106,6 +106,14 @@ class Combined(Method):
     def after_layer(self, tokens: LayerTokens) -> Kept:
         return self.at("layers")(tokens)
 
+    @property
+    def windowed(self) -> bool:
+        return any(part.windowed for _, part in self._each())
+
+    @property
+    def attends(self) -> bool:
+        return any(part.attends for _, part in self._each())
+
     def sparsity(self, layer: int) -> Sparsity | None:
         part = self._acting("compute")
         return None if part is None else part.sparsity(layer)

@@ -135,6 +135,14 @@ class Yopo(Method):
         self._ratios[tokens.layer].append(_ratio(tokens))
         return keep_every(tokens)
 
+    @property
+    def windowed(self) -> bool:
+        return self.options.window is not None
+
+    @property
+    def attends(self) -> bool:
+        return self.windowed or self.options.heads is not None or self.cut < self.depth
+
     def sparsity(self, layer: int) -> Sparsity | None:
         if self._ratios is not None:
             return None
