@@ -180,7 +180,7 @@ def test_calibration_meets_the_target(rule: str, score: str) -> None:
     attached = attach(model, PruneConfig(keep=0.3, options=options), prompt=PROMPT)
     batches = [prompts(batch(ROWS, seed=s)) for s in range(12)]
     found = calibrate(attached, batches)
-    assert found.samples == 48
+    assert found.samples == 36  # rows with images, however many each has
     assert attached.calibration is found
     attached.totals.reset()
     with torch.no_grad():
