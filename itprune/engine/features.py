@@ -276,7 +276,7 @@ class TokenHooks(EncoderHooks[TokenPass]):
             return call(*args, **kwargs)
         self._listen()
         arguments = _named(call, args, kwargs)
-        whole = arguments.pop("return_dict", self.family.model.base_model.config.return_dict)
+        named = arguments.pop("return_dict", self.family.model.base_model.config.return_dict)
         self.current = vision = self._pass(kind, arguments)
         try:
             output = call(**vision.arguments, return_dict=True)
@@ -286,7 +286,7 @@ class TokenHooks(EncoderHooks[TokenPass]):
             output.pooler_output = vision.reduce(output.pooler_output)
         if vision.flat is not None:
             self.waiting[kind] = vision
-        return output if whole in (True, None) else output.to_tuple()
+        return output if named in (True, None) else output.to_tuple()
 
     def _pass(self, kind: str, arguments: dict[str, Any]) -> TokenPass:
         whole = shown = self.family.geometry(kind, arguments)
