@@ -107,9 +107,10 @@ class TokenPass(EncoderPass):
         if self.shown is not self.whole:
             total = len(slots)
         self._check(shown, flat)
-        images = self._images(flat[shown.slots()], shown, whole, total)
         place = slots if whole.place is None else whole.place
-        protected = self.protected(total if whole.places is None else whole.places)
+        places = total if whole.places is None else whole.places
+        images = self._images(flat[shown.slots()], shown, whole, place, places)
+        protected = self.protected(places)
         kept = self.choose(images, None if protected is None else protected[place])
         self.chunks = {}
         if bool(kept.keep.all()) and kept.features is None:
@@ -135,14 +136,22 @@ class TokenPass(EncoderPass):
                 f"{len(flat)}; pass the sizes its processor returned with the pixels"
             )
 
-    def _images(self, tokens: Tensor, shown: Geometry, whole: Geometry, total: int) -> Images:
+    def _images(
+        self, tokens: Tensor, shown: Geometry, whole: Geometry, place: Tensor, places: int
+    ) -> Images:
+        """What the method is to see.
+
+        Args:
+            tokens: (V, W) what the call made.
+            shown, whole: their geometry, and that of the caller's sequence.
+            place: (tokens of the whole,) which placeholder each fills.
+            places: how many of these there are.
+        """
         assert self.pixels is not None
         # What makes pictures smaller does so frame by frame: a tall grid would mix frames.
         clip = self.asker.video == "clip" and "pixels" not in self.asker.method.places
         grouped, full = (g.by_clip() if clip else g for g in (shown, whole))
-        place = whole.slots() if whole.place is None else whole.place
-        first = place[full.lens.cumsum(0) - full.lens]
-        sample = self.samples(first, total if whole.places is None else whole.places)
+        sample = self.samples(place[full.lens.cumsum(0) - full.lens], places)
         return Images(
             features=tokens,
             lens=grouped.lens,

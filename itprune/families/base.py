@@ -162,9 +162,12 @@ class Family(ABC):
         """The modules between encoder and language model: what `projector` training trains."""
 
     @property
-    @abstractmethod
     def usual_grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens of an image of the usual size."""
+        """Rows and columns of visual tokens of an image of the usual size: of its patches, where
+        each is one."""
+        config = self.tower.config
+        side = config.image_size // config.patch_size
+        return side, side
 
     @property
     def vision_shape(self) -> tuple[int, int]:
@@ -189,9 +192,11 @@ class Family(ABC):
             grid=self.usual_grid,
         )
 
-    @abstractmethod
     def blank_image(self) -> dict[str, Tensor]:
         """Keyword arguments of `get_image_features` for one blank image, for batches of text."""
+        config, weight = self.tower.config, next(self.tower.parameters())
+        shape = (1, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.zeros(shape, device=weight.device)}
 
 
 class PatchFamily(Family):
@@ -220,12 +225,6 @@ class PatchFamily(Family):
     @property
     def projectors(self) -> tuple[nn.Module, ...]:
         return (self.projector,)
-
-    @property
-    def usual_grid(self) -> tuple[int, int]:
-        config = self.tower.config
-        side = config.image_size // config.patch_size
-        return side, side
 
 
 class TokenFamily(Family):

@@ -71,8 +71,3 @@ class Llava(PatchFamily):
     @property
     def projector(self) -> nn.Module:
         return self.model.model.multi_modal_projector
-
-    def blank_image(self) -> dict[str, Tensor]:
-        config, weight = self.model.config.vision_config, next(self.tower.parameters())
-        shape = (1, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.zeros(shape, device=weight.device)}

@@ -65,12 +65,6 @@ class LlavaNext(TokenFamily):
     def projectors(self) -> tuple[nn.Module, ...]:
         return (self.model.model.multi_modal_projector,)
 
-    @property
-    def usual_grid(self) -> tuple[int, int]:
-        config = self.tower.config
-        side = config.image_size // config.patch_size
-        return side, side
-
     def slot_grids(self, count: int) -> tuple[Tensor, Tensor]:
         raise ValueError("images of this model differ in rows and columns; set window to null")
 

@@ -34,12 +34,6 @@ class PaliGemma(SiglipFamily):
         return (self.model.model.multi_modal_projector,)
 
     @property
-    def usual_grid(self) -> tuple[int, int]:
-        config = self.tower.config
-        side = config.image_size // config.patch_size
-        return side, side
-
-    @property
     def causal(self) -> bool:
         # Without a mask its attention looks in both directions.
         return not self.text_model.config.use_bidirectional_attention

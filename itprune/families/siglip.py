@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from itprune.families.base import TokenFamily
 
@@ -33,8 +32,3 @@ class SiglipFamily(TokenFamily):
     @property
     def feature_block(self) -> int:
         return len(self.blocks) - 1
-
-    def blank_image(self) -> dict[str, Tensor]:
-        config, weight = self.tower.config, next(self.tower.parameters())
-        shape = (1, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.zeros(shape, device=weight.device)}
