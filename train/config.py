@@ -1,4 +1,4 @@
-"""A recipe: one YAML file, five sections, each mapped to one known dataclass.
+"""A recipe: one YAML file, its sections each mapped to one known dataclass.
 
 `model`, `data` and `trainer` are required; without `lora` there are no adapters, without `prune`
 the model is dense. Unknown or misspelt names are refused with the nearest valid one and their
@@ -22,10 +22,23 @@ from itprune.methods.base import Host
 from itprune.methods.combined import SEPARATOR
 from itprune.options import from_mapping, nearest, to_plain
 from train.arguments import check_trainer
-from train.sections import DataSection, LoraSection, ModelSection
+from train.sections import (
+    DataSection,
+    DistillSection,
+    EvalSection,
+    LoraSection,
+    ModelSection,
+    QuantSection,
+)
 from train.yaml_source import Source, read_yaml
 
-SECTIONS = ("model", "data", "lora", "prune", "trainer")
+OPTIONAL = {
+    "lora": LoraSection,
+    "quant": QuantSection,
+    "distill": DistillSection,
+    "eval": EvalSection,
+}
+SECTIONS = ("model", "data", *OPTIONAL, "prune", "trainer")
 REQUIRED = ("model", "data", "trainer")
 VERY_DEEP = 1000
 RECIPE_NAME = "recipe.yaml"
@@ -41,6 +54,9 @@ class Recipe:
     data: DataSection
     trainer: dict[str, Any]
     lora: LoraSection | None = None
+    quant: QuantSection | None = None
+    distill: DistillSection | None = None
+    eval: EvalSection | None = None
     prune: PruneConfig | None = None
 
     @property
@@ -64,7 +80,7 @@ class Recipe:
         sections = {
             "model": to_plain(self.model),
             "data": to_plain(self.data),
-            "lora": to_plain(self.lora),
+            **{name: to_plain(getattr(self, name)) for name in OPTIONAL},
             "prune": self.prune.to_dict() if self.prune is not None else None,
             "trainer": dict(self.trainer),
         }
@@ -124,7 +140,7 @@ def _build(values: dict[str, Any]) -> Recipe:
         model=dataclasses.replace(model, mode=mode),
         data=from_mapping(DataSection, data, "data"),
         trainer=check_trainer(values["trainer"]),
-        lora=from_mapping(LoraSection, values["lora"], "lora") if "lora" in values else None,
+        **{n: from_mapping(c, values[n], n) for n, c in OPTIONAL.items() if n in values},
         prune=_prune(values["prune"]) if "prune" in values else None,
     )
     if recipe.mode == "lora" and recipe.lora is None:

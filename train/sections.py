@@ -1,4 +1,4 @@
-"""The sections of a recipe as dataclasses: every option of `model`, `data` and `lora`, once.
+"""The sections of a recipe as dataclasses: every option of ours, once.
 
 `prune` is `itprune.PruneConfig` and `trainer` holds transformers' TrainingArguments unchanged, so
 both are documented where they live. A string under a field is its documentation.
@@ -8,12 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from itprune.options import check_choice, check_fraction
+from itprune.options import check_choice, check_fraction, check_positive
 
-MODES = ("lora", "full", "projector", "router")
+MODES = ("lora", "qlora", "full", "projector", "router")
 PARTS = ("vision", "projector", "language", "pruner")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("auto", "llava", "messages", "dataset")
+QUANT_TYPES = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`model.learning_rates`: of the parts that shall not have `trainer.learning_rate`."""
+
+    vision: float | None = None
+    projector: float | None = None
+    language: float | None = None
+    """Of adapters, too."""
+    pruner: float | None = None
+    """Of a method's trained parts."""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            rate = getattr(self, part)
+            if rate is not None and rate < 0:
+                raise ValueError(f"model.learning_rates.{part}: must be 0 or more, got {rate}")
 
 
 @dataclass(frozen=True)
@@ -23,10 +42,10 @@ class ModelSection:
     path: str
     """Folder or hub name of the base model, with safetensors weights."""
     mode: str | None = None
-    """lora: adapters on the language model (default when there is a `lora` section); full: every
-    weight that is not frozen (default otherwise); projector: only the projector (pretraining);
-    router: only the exit routers of the method `dyvte`. The first three train a method's own parts,
-    too."""
+    """lora: adapters on the language model (default when there is a `lora` section); qlora: likewise,
+    on a language model in 4 bits; full: every weight that is not frozen (default otherwise);
+    projector: only the projector (pretraining); router: only the exit routers of the method
+    `dyvte`. All but the last train a method's own parts, too."""
     dtype: str = "auto"
     """Type of the loaded weights. auto: bfloat16 for frozen weights when `trainer.bf16` is on,
     float32 otherwise; weights that train are float32 unless the type is named here."""
@@ -35,6 +54,8 @@ class ModelSection:
     freeze: tuple[str, ...] = ("vision",)
     """Parts that mode `full` leaves as they are: vision, projector, language. `pruner`, the trained
     parts of the method, can be frozen in every mode."""
+    learning_rates: Rates = Rates()
+    """Learning rates of parts; the others have `trainer.learning_rate`, and its schedule all."""
 
     def __post_init__(self) -> None:
         if self.mode is not None:
@@ -50,6 +71,14 @@ class DataSection:
 
     train: tuple[str, ...]
     """LLaVA JSON, JSONL with `messages` and `images`, a saved or named `datasets` dataset."""
+    weights: tuple[float, ...] | None = None
+    """A mixture: one number for each entry of `train`, in whose proportion samples are drawn. null:
+    every sample once an epoch."""
+    streaming: bool = False
+    """Read `train` from front to end without an index (tar shards, files on slow storage); needs
+    `trainer.max_steps`."""
+    shuffle_buffer: int = 1000
+    """With `streaming`: samples among which the next one is drawn."""
     val: tuple[str, ...] = ()
     """Samples of the evaluation loss; computed when `trainer.eval_strategy` says so."""
     image_root: str | None = None
@@ -61,6 +90,9 @@ class DataSection:
     """Split of a `datasets` dataset that has several."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included; a longer text is cut at its end."""
+    max_tokens_per_batch: int | None = None
+    """Kept tokens of a batch of one process: as many samples as fit, instead of
+    `trainer.per_device_train_batch_size`."""
     workers: int = 2
     """Background processes that read and encode samples (per training process)."""
     max_bad: float = 0.01
@@ -72,6 +104,8 @@ class DataSection:
         check_choice("data.format", self.format, FORMATS)
         if self.max_length < 1:
             raise ValueError(f"data.max_length: must be at least 1, got {self.max_length}")
+        check_positive("data.max_tokens_per_batch", self.max_tokens_per_batch)
+        check_positive("data.shuffle_buffer", self.shuffle_buffer)
         if self.workers < 0:
             raise ValueError(f"data.workers: must be 0 or more, got {self.workers}")
         if self.max_bad != 0:
@@ -104,3 +138,46 @@ class LoraSection:
             raise ValueError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
         if not self.target:
             raise ValueError("lora.target: names no layer")
+
+
+@dataclass(frozen=True)
+class QuantSection:
+    """`quant`: how mode `qlora` stores the frozen language model (bitsandbytes)."""
+
+    type: str = "nf4"
+    """nf4 or fp4."""
+    double: bool = True
+    """Quantise the quantisation constants, too."""
+
+    def __post_init__(self) -> None:
+        check_choice("quant.type", self.type, QUANT_TYPES)
+
+
+@dataclass(frozen=True)
+class DistillSection:
+    """`distill`: the model on all tokens teaches itself on the kept ones."""
+
+    every: int = 4
+    """Every n-th step has the second forward, on all tokens."""
+    weight: float = 1.0
+    """Of the divergence beside the loss."""
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("distill.every", self.every)
+        for name in ("weight", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"distill.{name}: must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """`eval`: what an evaluation in training measures on `data.val`, whenever
+    `trainer.eval_strategy` says so."""
+
+    keep: tuple[float, ...] = ()
+    """Budgets to evaluate at, one after the other; none: the one in force."""
+
+    def __post_init__(self) -> None:
+        for keep in self.keep:
+            check_fraction("eval.keep", keep)
