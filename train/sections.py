@@ -42,7 +42,7 @@ class ModelSection:
     path: str
     """Folder or hub name of the base model, with safetensors weights."""
     mode: str | None = None
-    """lora: adapters on the language model (default when there is a `lora` section); qlora: likewise,
+    """lora: adapters on the language model (default when there is a `lora` section); qlora: these
     on a language model in 4 bits; full: every weight that is not frozen (default otherwise);
     projector: only the projector (pretraining); router: only the exit routers of the method
     `dyvte`. All but the last train a method's own parts, too."""
