@@ -42,6 +42,8 @@ SECTIONS = ("model", "data", *OPTIONAL, "prune", "trainer")
 REQUIRED = ("model", "data", "trainer")
 VERY_DEEP = 1000
 RECIPE_NAME = "recipe.yaml"
+ADAPTED = ("lora", "qlora")
+"""Modes that train adapters."""
 ROUTED = "dyvte"
 """The method whose routers mode `router` trains."""
 
@@ -143,9 +145,9 @@ def _build(values: dict[str, Any]) -> Recipe:
         **{n: from_mapping(c, values[n], n) for n, c in OPTIONAL.items() if n in values},
         prune=_prune(values["prune"]) if "prune" in values else None,
     )
-    if recipe.mode == "lora" and recipe.lora is None:
-        raise ValueError("model.mode: lora needs a `lora` section (r, alpha, ...)")
-    if recipe.mode != "lora" and recipe.lora is not None:
+    if recipe.mode in ADAPTED and recipe.lora is None:
+        raise ValueError(f"model.mode: {recipe.mode} needs a `lora` section (r, alpha, ...)")
+    if recipe.mode not in ADAPTED and recipe.lora is not None:
         raise ValueError(f"model.mode: {recipe.mode} does not use the `lora` section; remove one")
     if recipe.mode == "router":
         _check_router(recipe)

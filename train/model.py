@@ -20,7 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from itprune import inputs
 from itprune.families import find_family
 from train.config import Recipe
-from train.sections import PARTS, LoraSection
+from train.quant import keep_layout, quantization
+from train.sections import PARTS, LoraSection, QuantSection
 
 PRUNER = "pruner"
 """Name of the attached method inside the model, and of its part."""
@@ -38,12 +39,13 @@ def load_processor(path: str) -> Any:
         raise ValueError(f"model.path: {error}") from None
 
 
-def load_model(recipe: Recipe, bf16: bool) -> Any:
-    """The base model with adapters and freezing applied, on the CPU.
+def load_model(recipe: Recipe, bf16: bool, sharded: bool = False) -> Any:
+    """The base model with adapters and freezing applied; on the CPU, in 4 bits where it will train.
 
     Args:
-        recipe: its `model` and `lora` sections.
+        recipe: its `model`, `lora` and `quant` sections.
         bf16: whether training runs in bfloat16 (`model.dtype: auto` follows it).
+        sharded: whether FSDP will divide the weights.
 
     Raises:
         ValueError: the weights cannot be loaded or are not complete.
@@ -52,7 +54,12 @@ def load_model(recipe: Recipe, bf16: bool) -> Any:
     low = bf16 and recipe.mode != "full"
     auto = torch.bfloat16 if low else torch.float32
     dtype = auto if section.dtype == "auto" else _dtype(section.dtype)
-    model = _load(section.path, dtype, section.attn_implementation)
+    if recipe.mode == "qlora":
+        quant = quantization(recipe.quant or QuantSection(), section.path, dtype, sharded)
+        model = _load(section.path, dtype, section.attn_implementation, quant)
+        keep_layout(model)
+    else:
+        model = _load(section.path, dtype, section.attn_implementation)
     model.config.use_cache = False
     if recipe.lora is not None:
         # Under ZeRO-3 loading draws random numbers; adapters must start the same without it.
@@ -161,7 +168,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _load(path: str, dtype: torch.dtype, attention: str | None) -> Any:
+def _load(path: str, dtype: torch.dtype, attention: str | None, quant: Any = None) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if Path(path).is_absolute() and not Path(path).is_dir():
@@ -171,6 +178,7 @@ def _load(path: str, dtype: torch.dtype, attention: str | None) -> Any:
             path,
             dtype=dtype,
             attn_implementation=attention,
+            quantization_config=quant,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
