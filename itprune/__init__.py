@@ -3,7 +3,7 @@
 from itprune.attach import Attached, attach, calibrate
 from itprune.calibration import Calibration
 from itprune.checkpoint import Loaded, load_pretrained, save_pretrained, save_pruner
-from itprune.config import PruneConfig, Schedule
+from itprune.config import Draw, PruneConfig, Schedule
 from itprune.families import families
 from itprune.methods import methods, register_method
 from itprune.prompt import PromptFormat
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attached",
     "Calibration",
+    "Draw",
     "Loaded",
     "PromptFormat",
     "PruneConfig",

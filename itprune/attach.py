@@ -71,11 +71,19 @@ class Attached:
         Raises:
             ValueError: outside that range.
         """
-        self.method.share(self.config.replace(keep=keep).keep_at(1.0))
+        self.method.share(self.config.replace(keep=keep).final_keep)
 
-    def set_progress(self, progress: float) -> None:
-        """Moves a scheduled `keep` to training progress 0..1."""
-        self.method.share(self.config.keep_at(progress))
+    def set_step(self, step: int, total: int, seed: int = 0) -> None:
+        """Sets the target that `keep` has in training step 0 … total - 1, or after training.
+
+        Call it before each optimizer step when `keep` moves (a Schedule) or is drawn (a list).
+
+        Args:
+            step: optimizer steps done; from `total` on, what holds after training.
+            total: optimizer steps of the whole training.
+            seed: of the draw; all processes must give the same.
+        """
+        self.method.share(self.config.keep_at(step, total, seed))
 
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
@@ -143,7 +151,8 @@ def attach(
     method = build_method(config.method, config.options, family.host)
     _refuse_misfit(inner.config.model_type, family, method, config)
     method.use(calibration)
-    method.share(config.keep_at(0.0 if model.training else 1.0))
+    check_budgets(method, config.budgets)
+    method.share(config.keep_at(0, 1) if model.training else config.final_keep)
     _refuse_savings(inner.config.model_type, family, method)
     prompt = prompt or PromptFormat(_special_ids(inner))
     method = register_trained(model, inner, method)
@@ -152,6 +161,20 @@ def attach(
     except ValueError:
         unregister_trained(inner, method)
         raise
+
+
+def check_budgets(method: Method, budgets: Iterable[float | None]) -> None:
+    """Refuses targets out of a method's reach now, not in the middle of a training.
+
+    Leaves one of them in force.
+
+    Raises:
+        ValueError: for the first that cannot be met.
+    """
+    for keep in sorted(budgets, key=lambda keep: keep or 0.0):  # 1.0 last: it fixes no sizes
+        method.share(keep)
+        if not method.idle:
+            method.shares()
 
 
 def _refuse_misfit(model_type: str, family: Family, method: Method, config: PruneConfig) -> None:

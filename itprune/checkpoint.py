@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from itprune.attach import Attached, attach, base_model
 from itprune.calibration import Calibration
-from itprune.config import PruneConfig, Schedule
+from itprune.config import PruneConfig
 from itprune.inputs import bad_config, load_processor
 from itprune.prompt import PromptFormat
 from itprune.trained import is_trained
@@ -262,8 +262,7 @@ def _record(
         record = PrunerRecord(PruneConfig(), PromptFormat.from_processor(processor))
     config = record.config
     if method is not None and method != config.method:
-        final = config.keep.to if isinstance(config.keep, Schedule) else config.keep
-        config = PruneConfig(method, final, options=dict(options or {}))
+        config = PruneConfig(method, config.final_keep, options=dict(options or {}))
         record = dataclasses.replace(record, config=config, calibration=None)
     elif options:
         config = config.replace(options={**config.options, **options})

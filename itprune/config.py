@@ -1,14 +1,16 @@
 """PruneConfig: the `prune` section of a recipe, and what a checkpoint remembers of it.
 
-`keep` is the one dial. Keys that are not common to all methods are the method's own options and sit
-beside `keep` in YAML; the method validates them when it is built.
+`keep` is the one dial: a fraction, a Schedule that moves it, or a Draw of one for every step. Keys
+that are not common to all methods are the method's own options and sit beside `keep` in YAML; the
+method validates them when it is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,15 +43,66 @@ class Schedule:
         check_fraction("prune.keep.until", self.until)
         check_choice("prune.keep.shape", self.shape, SHAPES)
 
-    def at(self, progress: float) -> float:
-        """The target at training progress 0..1."""
-        done = min(max(progress / self.until, 0.0), 1.0)
+    @property
+    def final(self) -> float:
+        """The target after training."""
+        return self.to
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Targets it passes: its ends and what lies between them."""
+        return self.start, (self.start + self.to) / 2, self.to
+
+    def at(self, step: int, total: int, seed: int = 0) -> float:
+        """The target of step 0 … total - 1; from `total` on, what holds after training."""
+        done = min(max(step / max(total, 1) / self.until, 0.0), 1.0)
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
-        return self.start + (self.to - self.start) * done
+        return self.start * (1 - done) + self.to * done  # exact at both ends
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         return {"from": self.start, "to": self.to, "shape": self.shape, "until": self.until}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """`keep` drawn anew for every step, so that one model learns to run on many budgets.
+
+    Written `[0.22, 0.11, 0.44, 1.0]`; each is drawn equally often, one that stands twice twice as
+    often. After training the first one holds, unless another is asked for.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("prune.keep: the list is empty; name the fractions to draw from")
+        for i, value in enumerate(self.values):
+            if value is None:
+                raise ValueError(f"prune.keep[{i}]: must be a fraction in (0, 1], got null")
+            check_fraction(f"prune.keep[{i}]", value)
+
+    @property
+    def final(self) -> float:
+        """The target after training."""
+        return self.values[0]
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Targets it draws from."""
+        return self.values
+
+    def at(self, step: int, total: int, seed: int = 0) -> float:
+        """The target of step 0 … total - 1; from `total` on, what holds after training.
+
+        By step and seed alone: all processes draw the same, and so does a run that goes on.
+        """
+        if step >= total:
+            return self.final
+        return random.Random(f"keep {seed} {step}").choice(self.values)
+
+    def to_plain(self) -> list[float]:
+        return list(self.values)
 
 
 @dataclass(frozen=True)
@@ -63,9 +116,10 @@ class PruneConfig:
     method: str = "itprune"
     """Name of a registered method; `itprune.methods()` lists them. Several that act at different
     places are joined by `+` (in YAML also a list); their options are then sections."""
-    keep: float | Schedule | None = 0.22
+    keep: float | Schedule | Draw | None = 0.22
     """Average fraction of visual tokens kept, averaged over the LLM's layers; None: the method's
-    own rule decides; a Schedule: moves with training progress. 1.0 is exactly the dense model."""
+    own rule decides; a Schedule: moves with training; a Draw (in YAML a list): one for every step,
+    the first for inference. 1.0 is exactly the dense model."""
     positions: str | None = None
     """Position ids of what stays: original, contiguous (renumbered after each drop), or null: as
     the method was published."""
@@ -83,7 +137,9 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if isinstance(self.keep, Mapping):
             object.__setattr__(self, "keep", _schedule(self.keep))
-        elif not isinstance(self.keep, Schedule):
+        elif isinstance(self.keep, list | tuple):
+            object.__setattr__(self, "keep", _draw(self.keep))
+        elif not isinstance(self.keep, Schedule | Draw):
             check_fraction("prune.keep", self.keep)
         if self.positions is not None:
             check_choice("prune.positions", self.positions, POSITIONS)
@@ -110,7 +166,7 @@ class PruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The flat form; `from_dict` gives an equal config back."""
-        keep = self.keep.to_dict() if isinstance(self.keep, Schedule) else self.keep
+        keep = self.keep.to_plain() if isinstance(self.keep, Schedule | Draw) else self.keep
         return {
             "method": self.method,
             "keep": keep,
@@ -125,9 +181,27 @@ class PruneConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def keep_at(self, progress: float) -> float | None:
-        """The target at training progress 0..1; progress 1 is also inference."""
-        return self.keep.at(progress) if isinstance(self.keep, Schedule) else self.keep
+    def keep_at(self, step: int, total: int, seed: int = 0) -> float | None:
+        """The target in force in training step 0 … total - 1; from `total` on, after training.
+
+        Args:
+            step: optimizer steps done before.
+            total: optimizer steps of the whole training.
+            seed: of the run; a Draw differs by it.
+        """
+        if isinstance(self.keep, Schedule | Draw):
+            return self.keep.at(step, total, seed)
+        return self.keep
+
+    @property
+    def final_keep(self) -> float | None:
+        """The target after training: what inference and merged checkpoints use by default."""
+        return self.keep.final if isinstance(self.keep, Schedule | Draw) else self.keep
+
+    @property
+    def budgets(self) -> tuple[float | None, ...]:
+        """The targets that training meets; of a Schedule its ends and its middle."""
+        return self.keep.budgets if isinstance(self.keep, Schedule | Draw) else (self.keep,)
 
 
 def _schedule(values: Mapping[str, Any]) -> Schedule:
@@ -135,6 +209,16 @@ def _schedule(values: Mapping[str, Any]) -> Schedule:
     if "start" in values or "to" not in values:
         raise ValueError("prune.keep: a schedule is written {from: 1.0, to: 0.22, shape: linear}")
     return from_mapping(Schedule, renamed, "prune.keep")
+
+
+def _draw(values: Sequence[Any]) -> Draw:
+    """Numbers such as 1e-1 are text in YAML."""
+    return Draw(
+        tuple(
+            _number(f"prune.keep[{i}]", value) if isinstance(value, str) else value
+            for i, value in enumerate(values)
+        )
+    )
 
 
 def _number(where: str, text: str) -> float:

@@ -129,7 +129,7 @@ def examine(
     if not any(base.glob("*.safetensors")):
         missing.append(f"{base}: no safetensors weights, so the model itself cannot be loaded")
     host = family.host
-    runs, refused = _methods(model, wanted.keep_at(1.0))
+    runs, refused = _methods(model, wanted.final_keep)
     return Diagnosis(
         model=str(folder),
         family=model.config.model_type,
@@ -171,7 +171,7 @@ def _wanted(folder: Path, method: str | None, keep: float | None) -> PruneConfig
     known = (folder / PRUNER_FILE).exists()
     config = PrunerRecord.read(folder).config if known else PruneConfig()
     if method is not None and method != config.method:
-        config = PruneConfig(method, config.keep_at(1.0))
+        config = PruneConfig(method, config.final_keep)
     return config if keep is None else config.replace(keep=keep)
 
 
@@ -201,7 +201,7 @@ def _methods(model: PreTrainedModel, keep: float | None) -> tuple[tuple[str, ...
 def _pruning(family: Family, config: PruneConfig) -> Pruning:
     with _attached(family.model, config) as attached:
         method = attached.method
-        method.share(config.keep_at(1.0))
+        method.share(config.final_keep)
         idle = method.idle
         return Pruning(
             method=config.method,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from itprune import PruneConfig, attach
-from itprune.config import Schedule
+from itprune.config import Draw, Schedule
 from itprune.methods import methods, register_method
 from itprune.methods.base import Method
 from itprune.methods.budget import split_keep
@@ -61,12 +62,60 @@ def test_numbers_written_as_text_are_numbers() -> None:
 
 def test_a_schedule_moves_and_ends() -> None:
     config = PruneConfig(keep=Schedule(to=0.2, start=1.0, until=0.5))
-    assert config.keep_at(0.0) == 1.0
-    assert config.keep_at(0.25) == pytest.approx(0.6)
-    assert config.keep_at(0.5) == config.keep_at(1.0) == pytest.approx(0.2)
+    assert config.keep_at(0, 8) == 1.0
+    assert config.keep_at(2, 8) == pytest.approx(0.6)
+    assert config.keep_at(4, 8) == config.keep_at(8, 8) == config.final_keep == 0.2
     cosine = PruneConfig(keep=Schedule(to=0.2, shape="cosine"))
-    assert cosine.keep_at(0.5) == pytest.approx(0.6)
-    assert cosine.keep_at(0.1) > 0.97
+    assert cosine.keep_at(5, 10) == pytest.approx(0.6)
+    assert cosine.keep_at(1, 10) > 0.97
+
+
+def test_a_list_is_drawn_from_by_step_and_seed() -> None:
+    values = [0.22, 0.11, "4.4e-1", 1.0]
+    config = PruneConfig.from_dict({"keep": values})
+    assert config.keep == Draw((0.22, 0.11, 0.44, 1.0))
+    assert config.to_dict()["keep"] == [0.22, 0.11, 0.44, 1.0]
+    assert PruneConfig.from_dict(config.to_dict()) == config
+    drawn = [config.keep_at(step, 400, seed=3) for step in range(400)]
+    assert all(80 <= drawn.count(value) <= 120 for value in config.budgets)
+    assert drawn[100:] == [config.keep_at(step, 900, seed=3) for step in range(100, 400)]
+    assert drawn != [config.keep_at(step, 400, seed=4) for step in range(400)]
+    assert config.final_keep == config.keep_at(400, 400) == 0.22
+
+
+def test_every_value_of_a_list_is_checked_at_once() -> None:
+    for keep, message in (
+        ([], r"prune.keep: the list is empty"),
+        ([0.2, 1.5], r"prune.keep\[1\]: must be a fraction in \(0, 1\], got 1.5"),
+        ([None], r"prune.keep\[0\]: must be a fraction in \(0, 1\], got null"),
+        ([0.2, "much"], r"prune.keep\[1\]: must be a fraction in \(0, 1\], got 'much'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PruneConfig.from_dict({"keep": keep})
+    model = tiny_llava()
+    for values, message in (
+        ({"method": "fastv", "keep": [1.0, 0.9, 0.01]}, r"prune.keep: 0.01 is out of reach"),
+        ({"method": "quecc", "keep": [0.25, 0.05]}, r"prune.keep: .* but the weights are for"),
+        ({"stage1": {"keep": 0.5}, "keep": [0.3, 0.9]}, r"cannot average keep=0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(model, PruneConfig.from_dict(values))
+
+
+def test_a_step_at_the_whole_budget_is_the_dense_forward() -> None:
+    model = tiny_llava().train()
+    dense = model(**batch())
+    config = PruneConfig(keep=Draw((0.3, 1.0)))
+    seed = next(s for s in range(20) if config.keep_at(0, 9, s) == 1.0)
+    with attach(model, config) as attached:
+        attached.set_step(0, 9, seed)
+        assert attached.keep == 1.0
+        whole = model(**batch())
+        attached.set_step(9, 9)
+        assert attached.keep == 0.3
+        assert not torch.equal(model(**batch()).loss, dense.loss)
+    assert torch.equal(whole.loss, dense.loss)
+    assert torch.equal(whole.logits, dense.logits)
 
 
 def test_the_default_split_is_two_thirds_and_averages_to_keep() -> None:

@@ -88,7 +88,7 @@ def test_the_size_is_chosen_once(name: str) -> None:
     method.share(0.1)
     assert method.size == size
     assert weights == [id(weight) for weight in method.parameters()]
-    with pytest.raises(ValueError, match=f"schedule, or name prune.{method.size_option}"):
+    with pytest.raises(ValueError, match=f"several, or name prune.{method.size_option}"):
         method.share(0.5)
     assert method.keep == 0.1
     named = built(name, 1.0, **{method.size_option: 3})

@@ -97,7 +97,7 @@ def needs_calibration(attached: Any | None) -> bool:
     """Whether the rule's counts have yet to be fitted to the target."""
     if attached is None or attached.calibration is not None:
         return False
-    return attached.config.keep_at(1.0) != 1.0 and bool(attached.method.calibrates)
+    return attached.config.final_keep != 1.0 and bool(attached.method.calibrates)
 
 
 class CalibrateCallback(TrainerCallback):  # type: ignore[misc]
@@ -121,14 +121,14 @@ class CalibrateCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.late:
             self._calibrate(args, state)
-            self.attached.set_progress(0.0)
+            self.attached.set_step(0, state.max_steps, args.seed)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.late:
             self._calibrate(args, state)
 
     def _calibrate(self, args: Any, state: Any) -> None:
-        self.attached.set_progress(1.0)
+        self.attached.set_keep(self.attached.config.final_keep)
         kind = args.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=args.bf16):
             done = calibrate(self.attached, self.batches(), limit=CALIBRATION_SAMPLES)

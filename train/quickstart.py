@@ -83,7 +83,7 @@ def quickstart(out: Path, train: int, val: int, overrides: Sequence[str]) -> lis
         run_command("deepspeed", "launch/train.py", RECIPE, *paths, *place, *extra, *overrides)
         log = model / "trainer_state.json"
         runs.append(Run(f"tuned {name}", str(model), log, out / f"{name}.jsonl"))
-    keep = str(PrunerRecord.read(out / "pruned").config.keep_at(1.0) or 0.22)
+    keep = str(PrunerRecord.read(out / "pruned").config.final_keep or 0.22)
     for method, name in CONTROLS.items():
         how = ("--method", method, "--keep", keep)
         runs.append(Run(name, str(out / "dense"), None, out / f"{method}.jsonl", how))

@@ -184,7 +184,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.attached is not None:
-            self.attached.set_progress(state.global_step / max(state.max_steps, 1))
+            self.attached.set_step(state.global_step, state.max_steps, args.seed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # transformers makes the inputs of every sub-model require a gradient, the frozen tower's

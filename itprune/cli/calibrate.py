@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     stored = PrunerRecord.read(folder) if (folder / PRUNER_FILE).exists() else None
     fresh = stored is None and args.keep is None
-    loaded = load(args, **({"keep": PruneConfig().keep_at(1.0)} if fresh else {}))
+    loaded = load(args, **({"keep": PruneConfig().final_keep} if fresh else {}))
     attached = loaded.attached
     assert attached is not None
     if attached.keep == 1.0:

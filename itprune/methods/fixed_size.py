@@ -50,7 +50,7 @@ class FixedSize(Method):
         if self._settled:
             raise ValueError(
                 f"prune.keep: {keep} asks for {self.size_option} {size}, but the weights are for "
-                f"{self.size_option} {self.size}; keep one fraction instead of a schedule, or name "
+                f"{self.size_option} {self.size}; keep one fraction instead of several, or name "
                 f"prune.{self.size_option}"
             )
         self.resize(size)

@@ -117,7 +117,7 @@ def test_overrides_reach_nested_options_and_keep_their_type(recipe: Path) -> Non
     )
     assert loaded.prune is not None
     assert loaded.prune.to_dict()["stage1"] == {"rule": "chord"}
-    assert loaded.prune.keep_at(1.0) == pytest.approx(0.25)
+    assert loaded.prune.final_keep == pytest.approx(0.25)
     assert loaded.trainer["learning_rate"] == pytest.approx(2e-5)
     assert loaded.trainer["eval_strategy"] == "no"
     assert loaded.data.train == ("a.json", "b.json")
