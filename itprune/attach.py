@@ -30,9 +30,11 @@ from itprune.trained import register_trained, unregister_trained
 class Attached:
     """A pruner at work inside a model. Also a context manager that detaches on exit."""
 
-    def __init__(self, engine: Engine, config: PruneConfig) -> None:
+    def __init__(self, engine: Engine, config: PruneConfig, model: nn.Module) -> None:
         self._engine = engine
         self.config = config
+        self.model = model
+        """As the user holds it, PEFT-wrapped or not."""
 
     @property
     def method(self) -> Method:
@@ -157,7 +159,7 @@ def attach(
     prompt = prompt or PromptFormat(_special_ids(inner))
     method = register_trained(model, inner, method)
     try:
-        return Attached(Engine(inner, family, method, config, prompt), config)
+        return Attached(Engine(inner, family, method, config, prompt), config, model)
     except ValueError:
         unregister_trained(inner, method)
         raise
@@ -258,7 +260,7 @@ class _Trial:
 
     def __init__(self, attached: Attached, batches: list[Mapping[str, Any]]) -> None:
         self.attached, self.batches = attached, batches
-        self.model = attached._engine.family.model
+        self.device = attached._engine.family.model.device
         self.dense: list[Tensor] = []
 
     def run(self) -> None:
@@ -286,14 +288,16 @@ class _Trial:
 
     def _forward(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, vocabulary) float32 logits of each prompt's last token."""
-        device = self.model.device
+        device = self.device
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
         inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         place = torch.arange(mask.shape[1], device=device)
         last = (mask * (place + 1)).argmax(1)
         columns = last.unique()
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        # By its outermost part: sharded weights (FSDP) are gathered from there.
+        model = self.attached.model
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
         return logits[torch.arange(len(last)), torch.searchsorted(columns, last)].float()
 
 

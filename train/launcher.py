@@ -29,6 +29,8 @@ class Launch:
     """Started by the `deepspeed` launcher."""
     accelerate_deepspeed: bool
     """`accelerate launch` with a DeepSpeed configuration of its own."""
+    accelerate_fsdp: str | None = None
+    """The FSDP version of `accelerate launch` with an FSDP configuration of its own."""
 
 
 def read_launch(local_rank: int | None, env: Mapping[str, str] = os.environ) -> Launch:
@@ -51,8 +53,13 @@ def read_launch(local_rank: int | None, env: Mapping[str, str] = os.environ) -> 
         processes=int(env["WORLD_SIZE"]) if distributed else 1,
         rank=int(env["RANK"]) if distributed else 0,
         by_deepspeed=distributed and (local_rank is not None or "CROSS_SIZE" in env),
-        accelerate_deepspeed=env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
+        accelerate_deepspeed=_says(env, "ACCELERATE_USE_DEEPSPEED"),
+        accelerate_fsdp=env.get("FSDP_VERSION", "1") if _says(env, "ACCELERATE_USE_FSDP") else None,
     )
+
+
+def _says(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").lower() == "true"
 
 
 def deepspeed_config(trainer: Mapping[str, Any], launch: Launch) -> str | dict[str, Any] | None:

@@ -17,6 +17,7 @@ from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
+from train.fsdp import fsdp_options, sharded_layers
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
 from train.meter import Meter
 from train.model import (
@@ -27,6 +28,7 @@ from train.model import (
     parts_of,
     trains_images,
 )
+from train.optim import check_rates
 from train.pruning import (
     CalibrateCallback,
     attach_pruner,
@@ -57,9 +59,11 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     zero = deepspeed_config(recipe.trainer, launch)
     if zero is not None:
         prepare_deepspeed(on_cpu(recipe.trainer))
+    changes = {"deepspeed": zero, **fsdp_options(recipe.trainer, launch)}
     args = training_arguments(
-        recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, deepspeed=zero
+        recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, **changes
     )
+    fsdp = launch.accelerate_fsdp is not None or bool(args.fsdp)
     check_world(args, launch)
 
     processor = load_processor(recipe.model.path)
@@ -74,8 +78,9 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     set_seed(args.seed)  # a method's own parts, too, start from the same numbers everywhere
     attached = attach_pruner(model, recipe, processor, checkpoint)
     check_trains(model)
+    check_rates(model, recipe.model.learning_rates)
     routing = recipe.mode == "router"
-    if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled():
+    if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled() or fsdp:
         # In training on several ranks the pruner does the same by itself.
         BlankImage(model, training=recipe.prune is None or args.world_size == 1)
     visual_ids = find_family(base_of(model)).visual_token_ids
@@ -101,10 +106,12 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
         eval_dataset=val_data,
         data_collator=collator,
         callbacks=callbacks,
+        rates=recipe.model.learning_rates,
         meter=meter,
         bad=bad,
         save_beside=beside,
         method=method,
+        layers=sharded_layers(model) if fsdp else None,
     )
     bad.restore() if checkpoint is not None else bad.forget()
     if writes:
@@ -134,5 +141,6 @@ def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> 
         f"{recipe.mode}, {keep}: training {share} ({', '.join(sorted(parts))}), "
         f"{trainer.args.world_size} process(es) on {trainer.args.device.type}"
         + (f", DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "")
+        + (", FSDP2" if trainer.accelerator.is_fsdp2 else "")
         + (f", going on from {checkpoint}" if checkpoint is not None else "")
     )

@@ -22,7 +22,7 @@ from tests.train.helpers import losses, recipe_values, write_data, write_recipe
 from train.config import load_recipe
 from train.launcher import Launch
 from train.run import run
-from train.trainer import split_parts
+from train.saving import split_parts
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)
 NAME = "toy_trained"

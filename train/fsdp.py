@@ -1,0 +1,84 @@
+"""FSDP2 through accelerate: who asks for it, and that it really shards.
+
+accelerate shards on accelerators only. For several processes on a CPU it takes the plugin, says
+nothing and trains plain DDP. Here its own way is made open to the CPU, too, and whatever started, a
+run that asked for FSDP2 and is not sharded ends with a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.utils import DistributedType
+
+from itprune.families import find_family
+from train.launcher import Launch
+from train.model import base_of
+
+VERSION = "2"
+
+
+def fsdp_options(trainer: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
+    """What the launch changes in the `trainer` section about FSDP.
+
+    One process started by plain `python` has nothing to share and runs without, so that one recipe
+    serves all launchers.
+
+    Raises:
+        ValueError: the first version of FSDP, or FSDP beside DeepSpeed or named twice.
+    """
+    named = bool(trainer.get("fsdp"))
+    if launch.accelerate_fsdp is None and not named:
+        return {}
+    if launch.accelerate_fsdp is not None and named:
+        raise ValueError(
+            "trainer.fsdp: accelerate's file already configures FSDP; name it in one place only"
+        )
+    version = launch.accelerate_fsdp or str(
+        (trainer.get("fsdp_config") or {}).get("version", VERSION)
+    )
+    if version != VERSION:
+        raise ValueError(
+            f"FSDP version {version} cannot hold frozen and trained weights in one shard; set "
+            "fsdp_version: 2 (launch/accelerate/fsdp2.yaml)"
+        )
+    if trainer.get("deepspeed") is not None and named:
+        raise ValueError("trainer.fsdp: runs without trainer.deepspeed; remove one of them")
+    return {"fsdp": None, "fsdp_config": None} if launch.processes == 1 and named else {}
+
+
+def sharded_layers(model: Any) -> tuple[str, ...]:
+    """Class names of the layers that are gathered one by one: the LLM's and the tower's.
+
+    What transformers names for this is partly not in the model, which accelerate refuses.
+    """
+    family = find_family(base_of(model))
+    return tuple(sorted({type(layer).__name__ for layer in (*family.layers, *family.blocks)}))
+
+
+def open_to_cpu(args: Any) -> None:
+    """Lets accelerate shard on a CPU: the state of this run is called what it shards for.
+
+    Args:
+        args: TrainingArguments of a run that asks for FSDP, before its Accelerator is made.
+    """
+    if args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+
+def set_layers(accelerator: Any, layers: Sequence[str]) -> None:
+    """Tells accelerate what to gather one by one, unless its file does.
+
+    Raises:
+        ValueError: FSDP2 was asked for, and accelerate decided to train something else.
+    """
+    if not accelerator.is_fsdp2:
+        kind = str(accelerator.distributed_type).rpartition(".")[2]
+        raise ValueError(
+            f"FSDP2 was asked for, but accelerate would train {kind} in which every process holds "
+            "all weights; use launch/accelerate/fsdp2.yaml, or fsdp2_cpu2.yaml on a CPU"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(layers)
