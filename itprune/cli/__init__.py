@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-COMMANDS = ("infer", "merge", "calibrate", "methods", "doctor", "bench", "compare")
+COMMANDS = (
+    "train", "infer", "merge", "calibrate", "methods", "doctor", "env", "bench", "compare",
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,9 +35,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides of a recipe may stand behind options, too."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(w.startswith("-") or "=" not in w for w in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    args = make_parser().parse_args(argv)
+    args = parse(argv)
     # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
