@@ -62,6 +62,7 @@ class Engine:
         self.report: Report | None = None
         self.totals = Totals()
         self.trace: Trace | None = None
+        self.label_only = False  # in every call that has labels, whatever its mode
         self._text = family.text_model
         self._depth = len(family.layers)
         eager = self._text.config._attn_implementation == "eager"  # it gets no mask by flag
@@ -162,10 +163,12 @@ class Engine:
         active = not self.method.idle and request.has_images
         if active:
             request.check_prunable()
+            kwargs = request.without_placeholders(kwargs, self.family.visual_token_ids)
         cache = kwargs.get("past_key_values")
         if active and isinstance(cache, Cache):
             check_dynamic(cache)
-        if model.training and (wanted == "always" or (wanted == "pruned" and active)):
+        learns = model.training and (wanted == "always" or (wanted == "pruned" and active))
+        if learns or self.label_only:
             kwargs = request.label_only(kwargs)
         self._request = request
         if active and self.method.needs_question:

@@ -18,6 +18,9 @@ from itprune.prompt import PromptFormat
 
 IGNORE = -100
 PIXELS = ("pixel_values", "pixel_values_videos")
+OWN_HEAD = "fused_lm_head"
+"""Called with it, TRL's forward takes the head's weights and supervised positions itself, out of
+hidden states at all positions."""
 
 
 @dataclass
@@ -85,8 +88,25 @@ class Request:
                 "pass input_ids and pixel_values, or get the features before `attach`"
             )
 
+    def without_placeholders(
+        self, kwargs: dict[str, Any], visual_ids: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """Ignores labels that are placeholders of visual tokens: trainers which supervise a whole
+        text leave them there, and a position that is to predict one could not be dropped."""
+        named = [name for name in ("labels", "shift_labels") if kwargs.get(name) is not None]
+        if not named or self.targets is None:
+            return kwargs
+        ids = torch.tensor(visual_ids, device=self.targets.device)
+        self.targets = self.targets.masked_fill(torch.isin(self.targets, ids), IGNORE)
+        ignored = {
+            name: kwargs[name].masked_fill(torch.isin(kwargs[name], ids), IGNORE) for name in named
+        }
+        return {**kwargs, **ignored}
+
     def label_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Asks for logits at supervised positions only; (M, vocab) in row-major order."""
+        if kwargs.get(OWN_HEAD):
+            return kwargs
         wanted = kwargs.get("logits_to_keep", 0)
         if kwargs.get("labels") is None or self.targets is None or not isinstance(wanted, int):
             return kwargs
