@@ -1,8 +1,9 @@
 """Meter: the numbers logged beside the loss.
 
-tokens_in: tokens of a step before pruning, over all ranks; kept_stage1, kept_stage2: share of the
-visual tokens left after each stage; layer_average: share of all tokens, averaged over the language
-model's layers; tokens_per_s (tokens_in by time), step_time, peak_mb (the largest rank's memory).
+samples: of a step, over all ranks; tokens_in: their tokens before pruning; kept_stage1,
+kept_stage2: share of the visual tokens left after each stage; layer_average: share of all tokens,
+averaged over the language model's layers; tokens_per_s (tokens_in by time), step_time, peak_mb (the
+largest rank's memory).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Meter:
         self._time = 0.0
         self._sums = [0.0] * 5
         self._layers = 0
+        self._layered = (0, 0)
         self._mark = time.perf_counter()
 
     def start(self) -> None:
@@ -45,7 +47,8 @@ class Meter:
         """A batch enters; counted as tensors so that a device is not waited for."""
         ids = batch["input_ids"]
         visual = torch.isin(ids, self.visual_ids.to(ids.device))
-        self._seen.append(torch.stack([batch["attention_mask"].sum(), visual.sum()]))
+        tokens = batch["attention_mask"].sum()
+        self._seen.append(torch.stack([torch.full_like(tokens, len(ids)), tokens, visual.sum()]))
 
     def step(self) -> None:
         """An optimizer step ends."""
@@ -61,15 +64,16 @@ class Meter:
     def read(self, accelerator: Any) -> dict[str, float]:
         """The numbers of all ranks since the last call; every rank must call it."""
         device = accelerator.device
-        seen = torch.stack(self._seen).sum(0).tolist() if self._seen else [0, 0]
+        seen = torch.stack(self._seen).sum(0).tolist() if self._seen else [0, 0, 0]
         self._collect()
         precise = torch.float32 if device.type == "mps" else torch.float64
         own = torch.tensor([*seen, *self._sums], dtype=precise, device=device)
-        sums = accelerator.reduce(own, "sum").tolist()
+        samples, *sums = accelerator.reduce(own, "sum").tolist()
         peaks = torch.tensor([self._time, peak_memory(device)]).to(device)
         seconds, peak = accelerator.gather(peaks[None]).amax(0).tolist()
         steps = max(self._steps, 1)
         logs = {
+            "samples": samples / steps,
             "tokens_in": sums[0] / steps,
             **self._shares(*sums),
             "tokens_per_s": sums[0] / max(seconds, 1e-9),
@@ -78,6 +82,12 @@ class Meter:
         }
         self._reset()
         return {name: round(value, 4) for name, value in logs.items()}
+
+    def counts(self) -> tuple[int, int]:
+        """This rank's visual tokens in pruned forwards since the start, and those kept, both summed
+        over the language model's layers."""
+        self._collect()
+        return self._layered
 
     def pause(self) -> None:
         """Forwards that follow (an evaluation) do not belong to a step."""
@@ -97,6 +107,8 @@ class Meter:
         found = (t.tokens_in, t.visual_in, t.visual_stage1, t.visual_stage2, t.layer_tokens)
         self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
         self._layers = max(self._layers, t.layers)
+        before, kept = self._layered
+        self._layered = (before + t.visual_in * t.layers, kept + t.visual_layer_tokens)
         t.reset()
 
     def _shares(

@@ -16,7 +16,7 @@ from itprune import PromptFormat, attach, calibrate
 from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
 from itprune.methods.dyvte import Dyvte
 from train.config import RECIPE_NAME, Recipe
-from train.data.collate import BAD, Collator
+from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import SampleDataset
 from train.model import PRUNER, widen_trained
 
@@ -78,6 +78,17 @@ def _parts_folder(recipe: Recipe) -> Path | None:
         return None
     same = PrunerRecord.read(folder).config.method == recipe.prune.method
     return folder if same else None
+
+
+def entering_share(attached: Any | None) -> float:
+    """Share of the visual tokens that enters the LLM at the largest `keep` of the run."""
+    if attached is None:
+        return 1.0
+    now, budgets = attached.keep, attached.config.budgets
+    attached.set_keep(None if None in budgets else max(budgets))
+    share: float = attached.enters
+    attached.set_keep(now)
+    return share
 
 
 def trained_method(attached: Any | None) -> nn.Module | None:
@@ -182,5 +193,6 @@ def calibration_batches(
     )
     for batch in loader:
         batch.pop(BAD)
+        batch.pop(PLACES)
         if "input_ids" in batch:
             yield batch

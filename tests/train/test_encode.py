@@ -13,7 +13,7 @@ from PIL import Image
 
 from itprune.question import IMAGE
 from tests.tiny_llava import MARKED, PLAIN, build_processor
-from train.data.collate import BAD, Collator
+from train.data.collate import BAD, PLACES, Collator
 from train.data.encode import IGNORED, Encoder
 from train.data.images import ImageOpener
 from train.data.sample import BadSample, Sample, Turn
@@ -151,4 +151,4 @@ def test_collator_pads_texts_and_joins_images(side: str) -> None:
 
 def test_a_batch_of_texts_has_no_pixels() -> None:
     rows = [encoder(MARKED)(TEXT, OPENER)] * 2
-    assert set(Collator(0)(rows)) == {BAD, "input_ids", "attention_mask", "labels"}
+    assert set(Collator(0)(rows)) == {BAD, PLACES, "input_ids", "attention_mask", "labels"}

@@ -16,6 +16,8 @@ from itprune.inputs import join
 BAD = "bad"
 """Key of the bad samples met while a batch was read: (index, place, reason). The trainer takes it
 out before the model sees the batch."""
+PLACES = "places"
+"""Key of where the samples come from, FILE:LINE and the like; taken out with the bad ones."""
 
 
 class Collator:
@@ -30,13 +32,15 @@ class Collator:
         self.pad_token_id, self.side = pad_token_id, side
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns (B, T) text tensors, joined image tensors and the list of bad samples.
+        """Returns (B, T) text tensors, joined image tensors, the bad samples and the places.
 
         Raises:
             ValueError: images that do not fit into one tensor.
         """
         bad = [item for sample in samples for item in sample.get(BAD, ())]
+        places = [sample[PLACES] for sample in samples if PLACES in sample]
+        notes = {BAD: bad, PLACES: places}
         if any("input_ids" not in sample for sample in samples):
-            return {BAD: bad}
-        rows = [{k: v for k, v in sample.items() if k != BAD} for sample in samples]
-        return {BAD: bad, **join(rows, self.pad_token_id, self.side)}
+            return notes
+        rows = [{k: v for k, v in sample.items() if k not in notes} for sample in samples]
+        return {**notes, **join(rows, self.pad_token_id, self.side)}

@@ -40,13 +40,22 @@ class Encoder:
 
     Args:
         processor: a processor with a chat template and a fast tokenizer.
-        max_length: tokens of a sample, image tokens included.
+        max_length: tokens of a sample that may enter the language model.
+        visual_share: how many of the image tokens do, on average.
+        positions: tokens of a sample, dropped ones included, that the model has positions for;
+            None: any number.
 
     Raises:
         ValueError: the processor has no chat template, or a slow tokenizer.
     """
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        visual_share: float = 1.0,
+        positions: int | None = None,
+    ) -> None:
         self.plain = takes_suffix(processor)
         if not self.plain and not processor.chat_template:
             raise ValueError("the processor has no chat template, so conversations cannot be read")
@@ -55,6 +64,8 @@ class Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
+        self.visual_share = visual_share
+        self.positions = positions
         self.reserved = reserved_texts(processor)
         self.visual_ids = torch.tensor(placeholder_ids(processor))
         self.has_marks = not self.plain and GENERATION.search(processor.chat_template) is not None
@@ -118,15 +129,32 @@ class Encoder:
         }
         if bool((encoded["labels"][1:] == IGNORED).all()):
             raise BadSample(
-                f"no supervised token in its first {self.max_length} tokens (data.max_length)"
+                f"no supervised token in its first {length} tokens, more do not fit into "
+                f"{self._limits()}"
             )
         return encoded
 
     def _cut(self, ids: torch.Tensor) -> int:
-        """The length to keep; an image is never cut in two."""
-        if bool(torch.isin(ids[self.max_length :], self.visual_ids).any()):
+        """The length to keep: text is cut at its end, an image never."""
+        visual = torch.isin(ids, self.visual_ids)
+        entering = torch.where(visual, self.visual_share, 1.0).double().cumsum(0)
+        length = int((entering <= self.max_length + 1e-6).sum())
+        if self.positions is not None:
+            if bool(visual[self.positions :].any()):
+                raise BadSample(
+                    f"its images need more than the {self.positions} positions of the model "
+                    "(max_position_embeddings), dropped tokens included"
+                )
+            length = min(length, self.positions)
+        if bool(visual[length:].any()):
             raise BadSample(f"its images need more than data.max_length = {self.max_length} tokens")
-        return min(len(ids), self.max_length)
+        return length
+
+    def _limits(self) -> str:
+        limits = f"data.max_length = {self.max_length}"
+        if self.positions is None:
+            return limits
+        return f"{limits} and the model's {self.positions} positions"
 
     def _messages(self, sample: Sample) -> list[dict[str, Any]]:
         messages = []
