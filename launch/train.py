@@ -13,10 +13,13 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 # A launcher puts this file's folder first on the path, where `train` would be this very file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train.stopping import StopRequest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,36 +44,50 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs; returns the exit status, 2 for an error the user can put right."""
+def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Runs; returns the exit status.
+
+    2 is for an error the user can put right before the run, 1 for what went wrong under way, 130
+    for Ctrl-C, and 128 + the number of a signal that was met with a checkpoint.
+    """
     options = make_parser().parse_intermixed_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        from train.config import load_recipe
-        from train.launcher import read_launch
+        return start(options, stop)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can tell
+        from train.faults import told
 
-        launch = read_launch(options.local_rank)
-        recipe = load_recipe(options.config, options.overrides)
-        if options.check:
-            print(recipe.to_yaml(), end="")
-            return 0
-        from train.run import run
-
-        run(recipe, launch, options.resume)
-    except ValueError as error:
-        if options.traceback:
-            raise
+        sentence, status, shared = told(error)
         rank = os.environ.get("RANK", "0")
-        print(
-            f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr
-        )
-        return 2
+        if sentence is None or options.traceback:
+            traceback.print_exc()
+        elif rank == "0" or not shared:
+            place = "" if rank == "0" or shared else f" (rank {rank})"
+            print(f"error{place}: {sentence}", file=sys.stderr)
+        return status
+
+
+def start(options: argparse.Namespace, stop: StopRequest | None) -> int:
+    """Reads the recipe and does what the command line asks for."""
+    from train.config import load_recipe
+    from train.launcher import read_launch
+
+    launch = read_launch(options.local_rank)
+    recipe = load_recipe(options.config, options.overrides)
+    if options.check:
+        print(recipe.to_yaml(), end="")
+        return 0
+    from train.run import run
+
+    run(recipe, launch, options.resume, stop)
     return 0
 
 
 if __name__ == "__main__":
+    request = StopRequest()
+    request.listen()  # before anything else starts threads
     from train.launcher import leave
 
-    leave(main())
+    leave(main(stop=request))

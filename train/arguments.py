@@ -116,6 +116,7 @@ def training_arguments(
         "dataloader_num_workers": workers,
         "use_cpu": on_cpu(trainer),
         "prediction_loss_only": True,
+        "logging_nan_inf_filter": False,  # which would write the last good loss in its place
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": unused,
     }

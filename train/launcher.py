@@ -7,6 +7,7 @@ asked for; each of them is refused with a sentence.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping
@@ -128,6 +129,8 @@ def leave(status: int) -> None:
     Everything is written and the process group closed by now, but on a CPU gloo's native threads
     can still be running, and tearing them down then aborts a rank that has done its work.
     """
+    for child in multiprocessing.active_children():
+        child.kill()  # data workers, which do not hear the request to end that comes at exit
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     sys.stdout.flush()

@@ -1,20 +1,21 @@
 """Going on where a run stopped.
 
-A checkpoint counts only when it is complete: the trainer writes its state last. A run goes on by
-itself when its output folder holds a checkpoint of the same experiment; a folder that holds another
-experiment is refused, so that nothing is mixed or overwritten by mistake.
+A run goes on by itself when its output folder holds a complete checkpoint of the same experiment,
+the newest one; those above it that do not count are named. A folder that holds another experiment
+is refused, so that nothing is mixed or overwritten by mistake.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.complete import checkpoints, flaw
 from train.config import RECIPE_NAME, Recipe
 
 FREE = re.compile(
@@ -26,17 +27,18 @@ FREE = re.compile(
 """Keys that may differ between a run and its continuation."""
 
 
-def find_checkpoint(recipe: Recipe, resume: bool) -> Path | None:
+def find_checkpoint(recipe: Recipe, resume: bool, speaks: bool = True) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Args:
         recipe: the run that is starting.
         resume: whether there must be one.
+        speaks: whether this process tells of checkpoints that do not count.
 
     Raises:
         ValueError: none where one is demanded, or one of another experiment.
     """
-    checkpoint = latest_checkpoint(recipe.output)
+    checkpoint = latest_checkpoint(recipe.output, speaks)
     if checkpoint is None and resume:
         raise ValueError(f"--resume: no complete checkpoint in {recipe.output}")
     folder = checkpoint or recipe.output
@@ -52,10 +54,37 @@ def find_checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
-def latest_checkpoint(output: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    found = [p for p in output.glob("checkpoint-*") if p.name[11:].isdigit() and _complete(p)]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
+def latest_checkpoint(output: Path, speaks: bool = True) -> Path | None:
+    """The complete checkpoint with the highest step; what is wrong with those above it is told."""
+    passed = []
+    for folder in checkpoints(output):
+        reason = flaw(folder)
+        if reason is None:
+            break
+        passed.append(f"{folder} does not count: {reason}")
+    else:
+        folder = None
+    if speaks:
+        then = f"going on from {folder}" if folder is not None else "no checkpoint is left"
+        for line in passed:
+            print(f"{line}; {then}", file=sys.stderr)
+    return folder
+
+
+def agree(checkpoint: Path | None) -> None:
+    """Makes sure that all processes go on from the same step.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from accelerate.utils import gather_object
+
+    found = gather_object([checkpoint.name if checkpoint is not None else "none"])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"trainer.output_dir: the processes see different checkpoints ({', '.join(found)}); "
+            "the folder must be one that all machines share"
+        )
 
 
 def differences(
@@ -73,13 +102,3 @@ def differences(
 def _holds_model(folder: Path) -> bool:
     """Whether a finished run's weights would be overwritten."""
     return (folder / RECIPE_NAME).is_file() and any(folder.glob("*model*.safetensors"))
-
-
-def _complete(folder: Path) -> bool:
-    if not (folder / RECIPE_NAME).is_file():
-        return False
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # the run ended while it was writing
-    return True

@@ -39,23 +39,28 @@ from train.pruning import (
     trained_method,
     write_recipe,
 )
-from train.resume import find_checkpoint
+from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
+from train.stopping import StopRequest
 from train.trainer import PruneTrainer, StepCallback
 
 
-def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
+def run(
+    recipe: Recipe, launch: Launch, resume: bool = False, stop: StopRequest | None = None
+) -> None:
     """Trains as the recipe says and leaves model, pruner, processor and recipe in its folder.
 
     Args:
         recipe: a validated recipe.
         launch: who started this process.
         resume: whether there must be a checkpoint to go on from; if there is one, a run goes on.
+        stop: a request to stop that this process may receive.
 
     Raises:
         ValueError: anything the user can put right, in one sentence.
+        Fault: what went wrong under way, in one sentence that names what is kept.
     """
-    checkpoint = find_checkpoint(recipe, resume)
+    checkpoint = find_checkpoint(recipe, resume, speaks=launch.rank == 0)
     zero = deepspeed_config(recipe.trainer, launch)
     if zero is not None:
         prepare_deepspeed(on_cpu(recipe.trainer))
@@ -65,6 +70,7 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
     )
     fsdp = launch.accelerate_fsdp is not None or bool(args.fsdp)
     check_world(args, launch)
+    agree(checkpoint)
 
     processor = load_processor(recipe.model.path)
     encoder = Encoder(processor, recipe.data.max_length)
@@ -112,16 +118,19 @@ def run(recipe: Recipe, launch: Launch, resume: bool = False) -> None:
         save_beside=beside,
         method=method,
         layers=sharded_layers(model) if fsdp else None,
+        stop=stop,
     )
     bad.restore() if checkpoint is not None else bad.forget()
     if writes:
         print(describe(recipe, trainer, checkpoint))
         write_recipe(recipe.output, recipe)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    bad.settle()
-    trainer.save_model()
-    trainer.save_state()
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves first would end the others
+    with trainer.guarded():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        bad.settle()
+        trainer.progress.enter("saving the trained model")
+        trainer.save_model()
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()  # a rank that leaves first would end the others
     trainer.accelerator.end_training()
 
 

@@ -13,19 +13,20 @@ from transformers import TrainerCallback
 
 from train.bad_samples import BadSamples
 from train.data.collate import BAD
+from train.guard import GuardedTrainer
 from train.meter import Meter
 from train.model import base_of
 from train.optim import RatesTrainer
 from train.saving import SavingTrainer
 
 
-class PruneTrainer(RatesTrainer, SavingTrainer):
+class PruneTrainer(GuardedTrainer, RatesTrainer, SavingTrainer):
     """Trainer of a dense or pruned model.
 
     Args:
         meter: collects the numbers logged beside the loss.
         bad: the samples that were skipped.
-        kwargs: what RatesTrainer, SavingTrainer and Trainer take.
+        kwargs: what GuardedTrainer, RatesTrainer, SavingTrainer and Trainer take.
     """
 
     def __init__(
