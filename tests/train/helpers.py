@@ -10,6 +10,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from train.config import load_recipe
+from train.launcher import Launch
+from train.run import run
+
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -68,6 +72,16 @@ def recipe_values(model: Path, data: Path, output: Path, **trainer: Any) -> dict
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def train_here(
+    model: Path, data: Path, output: Path, *overrides: str, resume: bool = False
+) -> Path:
+    """Runs the small recipe with overrides in this process; returns its output folder."""
+    values = recipe_values(model, data, output)
+    recipe = load_recipe(write_recipe(output.with_suffix(".yaml"), values), overrides)
+    run(recipe, Launch(1, 0, by_deepspeed=False, accelerate_deepspeed=False), resume)
+    return output
 
 
 def history(output: Path) -> list[dict[str, Any]]:
