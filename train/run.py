@@ -17,6 +17,7 @@ from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
+from train.feeding import token_batches
 from train.fsdp import fsdp_options, sharded_layers
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
 from train.meter import Meter
@@ -33,6 +34,7 @@ from train.pruning import (
     CalibrateCallback,
     attach_pruner,
     calibration_batches,
+    entering_share,
     needs_calibration,
     routed,
     save_beside,
@@ -90,7 +92,13 @@ def run(
         # In training on several ranks the pruner does the same by itself.
         BlankImage(model, training=recipe.prune is None or args.world_size == 1)
     visual_ids = find_family(base_of(model)).visual_token_ids
-    meter = Meter(None if routing else attached, visual_ids)
+    pruning = None if routing else attached
+    encoder.visual_share = entering_share(pruning)
+    encoder.positions = base_of(model).config.get_text_config().max_position_embeddings
+    feed = None
+    if recipe.data.max_tokens_per_batch is not None:
+        feed = token_batches(recipe, args, train_data, collator, visual_ids, pruning, checkpoint)
+    meter = Meter(pruning, visual_ids)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
     if needs_calibration(attached):
         workers = args.dataloader_num_workers
@@ -115,6 +123,7 @@ def run(
         rates=recipe.model.learning_rates,
         meter=meter,
         bad=bad,
+        feed=feed,
         save_beside=beside,
         method=method,
         layers=sharded_layers(model) if fsdp else None,

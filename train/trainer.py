@@ -12,7 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from train.bad_samples import BadSamples
-from train.data.collate import BAD
+from train.data.collate import BAD, PLACES
+from train.feeding import FeedingTrainer
 from train.guard import GuardedTrainer
 from train.meter import Meter
 from train.model import base_of
@@ -20,13 +21,13 @@ from train.optim import RatesTrainer
 from train.saving import SavingTrainer
 
 
-class PruneTrainer(GuardedTrainer, RatesTrainer, SavingTrainer):
+class PruneTrainer(GuardedTrainer, RatesTrainer, FeedingTrainer, SavingTrainer):
     """Trainer of a dense or pruned model.
 
     Args:
         meter: collects the numbers logged beside the loss.
         bad: the samples that were skipped.
-        kwargs: what GuardedTrainer, RatesTrainer, SavingTrainer and Trainer take.
+        kwargs: what GuardedTrainer, RatesTrainer, FeedingTrainer, SavingTrainer and Trainer take.
     """
 
     def __init__(
@@ -42,13 +43,17 @@ class PruneTrainer(GuardedTrainer, RatesTrainer, SavingTrainer):
         self.model_accepts_loss_kwargs = True
         self.meter = meter
         self.bad = bad
+        self.places: list[str] = []
+        """Where the samples of the current step come from."""
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        self.places = []
         return super().get_batch_samples(self._good(epoch_iterator), *args, **kwargs)
 
     def _good(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
             found = batch.pop(BAD)
+            self.places += batch.pop(PLACES, [])
             self.bad.meet(found)
             if "input_ids" not in batch:
                 self.bad.stop(found)
@@ -65,6 +70,7 @@ class PruneTrainer(GuardedTrainer, RatesTrainer, SavingTrainer):
             ValueError: it holds nothing else.
         """
         found = inputs.pop(BAD, None)
+        inputs.pop(PLACES, None)
         if "input_ids" not in inputs:
             raise ValueError(f"data.val: too many bad samples, such as {found[-1][1:]}")
         return inputs
