@@ -6,11 +6,14 @@ time come from `itprune bench`.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor
+
+LAST = 4096
 
 
 @dataclass
@@ -82,6 +85,18 @@ class Report:
         return sum(sum(tokens) * length for tokens, length in parts)
 
     @property
+    def visual_shares(self) -> list[float]:
+        """Fraction of the visual tokens kept, averaged over layers, of each sample that has any."""
+        kept = zip(*self.visual_drops.values(), strict=True)
+        lengths = self._lengths()
+        return [
+            sum(n * length for n, length in zip(tokens, lengths, strict=True))
+            / (self.depth * whole)
+            for tokens, whole in zip(kept, self.visual_in, strict=True)
+            if whole
+        ]
+
+    @property
     def layer_average(self) -> float:
         """Fraction of all tokens kept, averaged over layers."""
         return sum(self.kv_entries) / (self.depth * max(sum(self.tokens_in), 1))
@@ -109,6 +124,8 @@ class Totals:
     visual_layer_tokens: int = 0
     layers: int = 0
     """LLM layers of the model."""
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=LAST), repr=False)
+    """Fraction of the visual tokens kept, averaged over layers, of each of the last samples."""
     _waiting: list[Report] = field(default_factory=list, repr=False)
 
     def add(self, report: Report) -> None:
@@ -129,6 +146,7 @@ class Totals:
             self.layer_tokens += sum(r.kv_entries)
             self.visual_layer_tokens += r.visual_layer_tokens
             self.layers = r.depth
+            self.shares.extend(r.visual_shares)
         self._waiting.clear()
         return self
 

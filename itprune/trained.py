@@ -7,8 +7,10 @@ without weights leaves no trace in the model.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune.methods.base import Method
 
@@ -59,3 +61,19 @@ def unregister_trained(inner: PreTrainedModel, method: Method) -> None:
     child = dict(inner.named_children()).get(NAME)
     if child is not None and any(module is method for module in child.modules()):
         delattr(inner, NAME)
+
+
+def whole_weights(method: Method) -> dict[str, Tensor]:
+    """A method's weights, put together where processes share them (ZeRO-3, FSDP2).
+
+    Every process must call it.
+    """
+    if is_deepspeed_zero3_enabled():
+        import deepspeed  # only then it is certain to be there
+
+        with deepspeed.zero.GatheredParameters(list(method.parameters())):
+            return {name: w.detach().cpu().clone() for name, w in method.state_dict().items()}
+    return {
+        name: (w.full_tensor() if isinstance(w, DTensor) else w).detach().cpu()
+        for name, w in method.state_dict().items()
+    }
