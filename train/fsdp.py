@@ -7,9 +7,11 @@ run that asked for FSDP2 and is not sharded ends with a sentence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 
 from itprune.families import find_family
@@ -67,8 +69,12 @@ def open_to_cpu(args: Any) -> None:
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
-def set_layers(accelerator: Any, layers: Sequence[str]) -> None:
-    """Tells accelerate what to gather one by one, unless its file does.
+def set_plan(accelerator: Any, layers: Sequence[str]) -> None:
+    """Tells accelerate what to gather one by one, unless its file does, and in which precision.
+
+    In mixed precision weights are gathered in bfloat16, and gradients add up in float32 as they do
+    under DDP. Inputs are left alone, since autocast casts what has to be: FSDP would copy the
+    records that travel with a call, and what layers write there would be lost.
 
     Raises:
         ValueError: FSDP2 was asked for, and accelerate decided to train something else.
@@ -82,3 +88,10 @@ def set_layers(accelerator: Any, layers: Sequence[str]) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(layers)
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy,
+            reduce_dtype=torch.float32,
+            output_dtype=None,
+            cast_forward_inputs=False,
+        )

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from train.fsdp import open_to_cpu, set_layers
+from train.fsdp import open_to_cpu, set_plan
 from train.model import load_whole
 from train.pruning import load_parts
 
@@ -55,7 +56,7 @@ class SavingTrainer(Trainer):  # type: ignore[misc]
             open_to_cpu(self.args)
         super().create_accelerator_and_postprocess()
         if self.layers is not None:
-            set_layers(self.accelerator, self.layers)
+            set_plan(self.accelerator, self.layers)
 
     # ------------------------------------------------------------------------ saving
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -95,10 +96,15 @@ class SavingTrainer(Trainer):  # type: ignore[misc]
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         """Takes the pruner's weights, which have a file of their own, out of a whole model's."""
-        whole = not isinstance(self.model, PeftModel)  # PEFT picks what it saves itself
-        if self.method is not None and self.args.should_save and whole:
+        if isinstance(self.model, PeftModel):  # picks what it saves itself
+            super()._save(output_dir, state_dict)
+            return
+        if self.method is not None and self.args.should_save:
             state_dict = self._split(state_dict or self.model.state_dict())[0]
-        super()._save(output_dir, state_dict)
+        if not is_deepspeed_zero3_enabled():
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save and state_dict is not None:
+            save_published(self.model, output_dir or self.args.output_dir, state_dict)
 
     # ------------------------------------------------------------------------ loading
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -167,6 +173,17 @@ def gather(
         buffers = model.named_buffers(remove_duplicate=False)
         gathered |= {name: buffer.cpu() for name, buffer in buffers if name in names}
     return gathered
+
+
+def save_published(model: Any, folder: str, state: dict[str, Tensor]) -> None:
+    """Saves weights under published names. A model that ZeRO-3 has loaded takes every renaming it
+    might have needed for one it needed, and would put prefixes twice; one that was never loaded
+    knows only those that are right."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        unloaded = type(model)(config)
+    unloaded.generation_config = model.generation_config
+    unloaded.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
