@@ -41,6 +41,7 @@ from train.pruning import (
     trained_method,
     write_recipe,
 )
+from train.reports import prepare_reports
 from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
 from train.stopping import StopRequest
@@ -73,6 +74,7 @@ def run(
     fsdp = launch.accelerate_fsdp is not None or bool(args.fsdp)
     check_world(args, launch)
     agree(checkpoint)
+    prepare_reports(args)
 
     processor = load_processor(recipe.model.path)
     encoder = Encoder(processor, recipe.data.max_length)
@@ -125,6 +127,8 @@ def run(
         bad=bad,
         feed=feed,
         save_beside=beside,
+        attached=pruning,
+        base=recipe.model.path,
         method=method,
         layers=sharded_layers(model) if fsdp else None,
         stop=stop,
@@ -138,6 +142,7 @@ def run(
         bad.settle()
         trainer.progress.enter("saving the trained model")
         trainer.save_model()
+        trainer.create_model_card()
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()  # a rank that leaves first would end the others
     trainer.accelerator.end_training()

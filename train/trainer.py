@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from train.bad_samples import BadSamples
+from train.card import CardTrainer
 from train.data.collate import BAD, PLACES
 from train.feeding import FeedingTrainer
 from train.guard import GuardedTrainer
@@ -21,13 +22,14 @@ from train.optim import RatesTrainer
 from train.saving import SavingTrainer
 
 
-class PruneTrainer(GuardedTrainer, RatesTrainer, FeedingTrainer, SavingTrainer):
+class PruneTrainer(GuardedTrainer, RatesTrainer, FeedingTrainer, CardTrainer, SavingTrainer):
     """Trainer of a dense or pruned model.
 
     Args:
         meter: collects the numbers logged beside the loss.
         bad: the samples that were skipped.
-        kwargs: what GuardedTrainer, RatesTrainer, FeedingTrainer, SavingTrainer and Trainer take.
+        kwargs: what GuardedTrainer, RatesTrainer, FeedingTrainer, CardTrainer, SavingTrainer and
+            Trainer take.
     """
 
     def __init__(
