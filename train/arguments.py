@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ FIXED = {
     "label_names": "labels are always called `labels`",
     "resume_from_checkpoint": "use --resume",
     "local_rank": "the launcher sets it",
+    "hub_token": "recipes are written down; log in with `hf auth login`, or set HF_TOKEN",
 }
 RENAMED = {"gradient_checkpointing": "activation_checkpointing"}
 RENAMED |= {f"{old}_kwargs": f"{new}_kwargs" for old, new in RENAMED.items()}
+
+UNFUSED = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Liger's rope, norms and feed-forward blocks, but the host's loss: its own replaces the whole
+model's forward, and with it the head that runs on supervised positions alone."""
 
 
 @functools.cache
@@ -117,18 +123,39 @@ def training_arguments(
         "use_cpu": on_cpu(trainer),
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,  # which would write the last good loss in its place
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": unused,
     }
     values |= {**trainer, **changes, "remove_unused_columns": False, "label_names": ["labels"]}
     for old, new in RENAMED.items():
         if new in _types() and old in values:
             values.setdefault(new, values.pop(old))
+    recompute = "gradient_checkpointing_kwargs"
+    recompute = RENAMED[recompute] if RENAMED[recompute] in _types() else recompute
+    values[recompute] = {"use_reentrant": False, **(values.get(recompute) or {})}
+    check_device(values)
+    if values.get("use_liger_kernel"):
+        values["liger_kernel_config"] = {**UNFUSED, **(values.get("liger_kernel_config") or {})}
     values["output_dir"] = str(Path(values["output_dir"]).expanduser())
     try:
         return TrainingArguments(**values)
     except (ValueError, ImportError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def check_device(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for what this machine, or a run on its CPU, cannot do."""
+    if values["use_cpu"] and values.get("fp16"):
+        raise ValueError("trainer.fp16: half precision needs a GPU; use bf16, which a CPU can, too")
+    if values.get("use_liger_kernel"):
+        if values["use_cpu"]:
+            raise ValueError(
+                "trainer.use_liger_kernel: its kernels need a GPU, and this run uses the CPU; "
+                "remove it"
+            )
+        if find_spec("liger_kernel") is None:
+            raise ValueError(
+                "trainer.use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"
+            )
 
 
 def on_cpu(trainer: Mapping[str, Any]) -> bool:

@@ -19,9 +19,9 @@ import yaml
 from itprune.config import PruneConfig
 from itprune.methods import build_method
 from itprune.methods.base import Host
-from itprune.methods.combined import SEPARATOR
 from itprune.options import from_mapping, nearest, to_plain
 from train.arguments import check_trainer
+from train.contradictions import check
 from train.sections import (
     DataSection,
     DistillSection,
@@ -42,10 +42,6 @@ SECTIONS = ("model", "data", *OPTIONAL, "prune", "trainer")
 REQUIRED = ("model", "data", "trainer")
 VERY_DEEP = 1000
 RECIPE_NAME = "recipe.yaml"
-ADAPTED = ("lora", "qlora")
-"""Modes that train adapters."""
-ROUTED = "dyvte"
-"""The method whose routers mode `router` trains."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Recipe:
 
     @property
     def mode(self) -> str:
-        """What trains: lora, full, projector or router."""
+        """What trains: lora, qlora, full, projector or router."""
         assert self.model.mode is not None
         return self.model.mode
 
@@ -138,37 +134,16 @@ def _build(values: dict[str, Any]) -> Recipe:
             raise ValueError(f"{section}: {section}.{key} is missing")
     model = from_mapping(ModelSection, values["model"], "model")
     mode = model.mode or ("lora" if "lora" in values else "full")
+    freeze = model.freeze if mode == "full" or "freeze" in values["model"] else ()
     recipe = Recipe(
-        model=dataclasses.replace(model, mode=mode),
+        model=dataclasses.replace(model, mode=mode, freeze=freeze),
         data=from_mapping(DataSection, data, "data"),
         trainer=check_trainer(values["trainer"]),
         **{n: from_mapping(c, values[n], n) for n, c in OPTIONAL.items() if n in values},
         prune=_prune(values["prune"]) if "prune" in values else None,
     )
-    if recipe.mode in ADAPTED and recipe.lora is None:
-        raise ValueError(f"model.mode: {recipe.mode} needs a `lora` section (r, alpha, ...)")
-    if recipe.mode not in ADAPTED and recipe.lora is not None:
-        raise ValueError(f"model.mode: {recipe.mode} does not use the `lora` section; remove one")
-    if recipe.mode == "router":
-        _check_router(recipe)
-    if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.data.val:
-        raise ValueError("trainer.eval_strategy: an evaluation needs data.val")
+    check(recipe)
     return recipe
-
-
-def _check_router(recipe: Recipe) -> None:
-    if recipe.prune is None or ROUTED not in recipe.prune.method.split(SEPARATOR):
-        raise ValueError(f"model.mode: router trains the routers of prune.method: {ROUTED}")
-    options = recipe.prune.options
-    if options.get("exit_layer", options.get(ROUTED, {}).get("exit_layer")) is not None:
-        raise ValueError("prune.exit_layer: a fixed exit has no routers to train; remove it")
-    if "pruner" in recipe.model.freeze:
-        raise ValueError("model.freeze: mode router trains the pruner, it cannot be frozen")
-    if recipe.trainer.get("gradient_checkpointing"):
-        raise ValueError(
-            "trainer.gradient_checkpointing: mode router sends nothing back through the model, so "
-            "there is nothing to recompute; remove it"
-        )
 
 
 def _prune(values: dict[str, Any]) -> PruneConfig:

@@ -6,11 +6,14 @@ both are documented where they live. A string under a field is its documentation
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from itprune.options import check_choice, check_fraction, check_positive
 
 MODES = ("lora", "qlora", "full", "projector", "router")
+ADAPTED = ("lora", "qlora")
+"""Modes that train adapters."""
 PARTS = ("vision", "projector", "language", "pruner")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("auto", "llava", "messages", "dataset")
@@ -52,8 +55,8 @@ class ModelSection:
     attn_implementation: str | None = None
     """transformers' attention: sdpa, eager, flash_attention_2, ...; null: its own choice."""
     freeze: tuple[str, ...] = ("vision",)
-    """Parts that mode `full` leaves as they are: vision, projector, language. `pruner`, the trained
-    parts of the method, can be frozen in every mode."""
+    """Parts that mode `full` leaves as they are: vision, projector, language; the other modes have
+    none to choose. `pruner`, the trained parts of the method, can be frozen in every mode."""
     learning_rates: Rates = Rates()
     """Learning rates of parts; the others have `trainer.learning_rate`, and its schedule all."""
 
@@ -70,7 +73,8 @@ class DataSection:
     """`data`: the samples and how they are read."""
 
     train: tuple[str, ...]
-    """LLaVA JSON, JSONL with `messages` and `images`, a saved or named `datasets` dataset."""
+    """LLaVA JSON, JSONL with `messages` and `images`, a saved or named `datasets` dataset; several
+    files as `part-{00..31}.jsonl` or `part-*.jsonl`; with `streaming` tar shards and .jsonl.gz."""
     weights: tuple[float, ...] | None = None
     """A mixture: one number for each entry of `train`, in whose proportion samples are drawn. null:
     every sample once an epoch."""
@@ -102,6 +106,18 @@ class DataSection:
         if not self.train:
             raise ValueError("data.train: names no file")
         check_choice("data.format", self.format, FORMATS)
+        if self.weights is not None:
+            if len(self.weights) != len(self.train):
+                raise ValueError(
+                    f"data.weights: must be one for each entry of data.train, got "
+                    f"{len(self.weights)} for {len(self.train)}"
+                )
+            for weight in self.weights:
+                if not 0 < weight < math.inf:
+                    raise ValueError(
+                        f"data.weights: must be above 0, got {weight:g}; leave an entry out of "
+                        "data.train to read nothing of it"
+                    )
         if self.max_length < 1:
             raise ValueError(f"data.max_length: must be at least 1, got {self.max_length}")
         check_positive("data.max_tokens_per_batch", self.max_tokens_per_batch)

@@ -50,6 +50,7 @@ class Source:
             child = node.get(name)
             if child is None:
                 child = node[name] = {}
+                self._overridden.add(".".join(parents[: i + 1]))
             if not isinstance(child, dict):
                 raise ValueError(
                     f"command line: {'.'.join(parents[: i + 1])} is {child!r} and has no keys"
