@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from types import MethodType, TracebackType
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.engine import Engine
-from itprune.engine.request import PIXELS
 from itprune.families import find_family
 from itprune.families.base import Family, PatchFamily
 from itprune.methods import build_method, method_class, methods
@@ -67,6 +63,20 @@ class Attached:
         """The target in force; None: the method's own rule decides."""
         return self.method.keep
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows that lose tokens are packed: asked for, and exact with this decoder."""
+        return self.config.layout == "packed" and self._engine._plain
+
+    @property
+    def enters(self) -> float:
+        """Share of the visual tokens that enters the LLM on average, at the target in force; 1.0
+        where only the samples decide."""
+        if self.method.idle:
+            return 1.0
+        shares = self.method.shares()
+        return shares[0] if shares else 1.0
+
     def set_keep(self, keep: float | None) -> None:
         """Changes the target: a fraction in (0, 1], or None.
 
@@ -95,6 +105,34 @@ class Attached:
             yield trace
         finally:
             self._engine.trace = None
+
+    @contextmanager
+    def aside(self, keep: float | None) -> Iterator[None]:
+        """For forwards beside a training: at another target, in evaluation mode, with logits at
+        supervised positions only where labels are given; nothing is left of them in `keep`,
+        `report` and `totals`.
+
+        Args:
+            keep: a fraction in (0, 1], or None.
+
+        Raises:
+            ValueError: outside that range.
+        """
+        engine, before = self._engine, self.keep
+        modes = {m: m.training for m in engine.family.model.modules()}
+        report, totals = engine.report, engine.totals
+        self.set_keep(keep)
+        engine.totals = Totals()
+        engine.label_only = True
+        engine.family.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            engine.label_only = False
+            engine.totals, engine.report = totals, report
+            self.method.share(before)
 
     def detach(self) -> None:
         """Gives the model back exactly as it was."""
@@ -218,112 +256,3 @@ def _special_ids(model: PreTrainedModel) -> tuple[int, ...]:
     for value in (text.bos_token_id, text.eos_token_id, text.pad_token_id):
         ids.update([] if value is None else value if isinstance(value, list) else [value])
     return tuple(sorted(ids))
-
-
-@torch.no_grad()
-def calibrate(
-    attached: Attached, batches: Iterable[Mapping[str, Any]], limit: int = 256
-) -> Calibration:
-    """Measures what the raw rule keeps, so that the `keep` in force is met on average.
-
-    A method may go through the batches several times, e.g. once per stage.
-
-    Args:
-        attached: an attached model; its `calibration` is set.
-        batches: collated model inputs; at most `limit` rows are read.
-        limit: rows to use.
-
-    Raises:
-        ValueError: no batch had an image, or the method has nothing to calibrate.
-    """
-    if not attached.method.calibrates:
-        raise ValueError(f"method {attached.config.method!r} has nothing to calibrate")
-    rows = _first_rows(batches, limit)
-    if not rows:
-        raise ValueError("calibration needs samples with images, and found none")
-    with _aside(attached):
-        found = attached.method.calibrate(_Trial(attached, rows))
-    samples = sum(_with_images(attached._engine.family, batch["input_ids"]) for batch in rows)
-    found = dataclasses.replace(found, samples=samples, host=attached.method.host.to_dict())
-    attached.calibration = found
-    return found
-
-
-def _with_images(family: Family, ids: Tensor) -> int:
-    """How many of (B, S) rows have images or videos."""
-    visual = torch.isin(ids, torch.tensor(family.visual_token_ids, device=ids.device))
-    return int(visual.any(1).sum())
-
-
-class _Trial:
-    """What a method does with the calibration batches."""
-
-    def __init__(self, attached: Attached, batches: list[Mapping[str, Any]]) -> None:
-        self.attached, self.batches = attached, batches
-        self.device = attached._engine.family.model.device
-        self.dense: list[Tensor] = []
-
-    def run(self) -> None:
-        """Forwards every calibration batch."""
-        for batch in self.batches:
-            self._forward(batch)
-
-    def fidelity(self) -> float:
-        """exp(-KL(dense | now)) of the next-token distribution, averaged over all samples."""
-        method = self.attached.method
-        if not self.dense:
-            keep = method.keep
-            method.share(1.0)
-            recorder, method.recorder = method.recorder, None
-            self.dense = [self._forward(batch).log_softmax(-1) for batch in self.batches]
-            method.share(keep)
-            method.recorder = recorder
-        total, count = 0.0, 0
-        for batch, dense in zip(self.batches, self.dense, strict=True):
-            now = self._forward(batch).log_softmax(-1)
-            divergence = (dense.exp() * (dense - now)).sum(-1)
-            total += float(divergence.neg().exp().sum())
-            count += len(divergence)
-        return total / count
-
-    def _forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B, vocabulary) float32 logits of each prompt's last token."""
-        device = self.device
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-        inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        place = torch.arange(mask.shape[1], device=device)
-        last = (mask * (place + 1)).argmax(1)
-        columns = last.unique()
-        # By its outermost part: sharded weights (FSDP) are gathered from there.
-        model = self.attached.model
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        return logits[torch.arange(len(last)), torch.searchsorted(columns, last)].float()
-
-
-@contextmanager
-def _aside(attached: Attached) -> Iterator[None]:
-    """Evaluation mode, and nothing of what runs inside is left in reports or totals."""
-    engine = attached._engine
-    modes = {m: m.training for m in engine.family.model.modules()}
-    report, totals = engine.report, engine.totals
-    engine.totals = Totals()
-    engine.family.model.eval()
-    try:
-        yield
-    finally:
-        engine.totals, engine.report = totals, report
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _first_rows(batches: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    rows, count = [], 0
-    for batch in batches:
-        if all(batch.get(name) is None for name in PIXELS):
-            continue
-        rows.append(batch)
-        count += len(batch["input_ids"])
-        if count >= limit:
-            break
-    return rows

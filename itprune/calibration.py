@@ -2,21 +2,26 @@
 
 A rule decides how samples differ; the user decides how much is kept on average. `itprune calibrate`
 runs a few hundred images, records what the raw rule would have kept of each, and stores those
-fractions. Any later target is then one bisection away, so one calibration serves every budget.
+fractions. Any later target is then one bisection away. What a later stage chooses from depends on
+what an earlier one left, so its curve is exact at the budget it was measured at; measured at
+several, it serves those between them as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_POINTS = 512
+AT = "@"
+"""Between a stage and the budget its curve was measured at."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,11 @@ def _solve(curve: Curve, target: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One curve per stage, by the stage's name ("stage1", "stage2.10"), and the rules behind it."""
+    """One curve per stage, by the stage's name ("stage1", "stage2.10"), and the rules behind it.
+
+    A stage measured at several budgets has a curve for each ("stage2.10@0.22") beside that of the
+    first.
+    """
 
     curves: Mapping[str, Curve] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
@@ -59,11 +68,39 @@ class Calibration:
     host: Mapping[str, Any] = field(default_factory=dict)
     """Shape of the model it was made with."""
 
-    def scale(self, stage: str, rule: str, target: float) -> float | None:
-        """The scale for a stage, or None when this stage or rule was never calibrated."""
+    def scale(
+        self, stage: str, rule: str, target: float, keep: float | None = None
+    ) -> float | None:
+        """The scale for a stage, or None when this stage or rule was never calibrated.
+
+        Args:
+            stage: its name.
+            rule: its rule.
+            target: share of what it sees that it is to keep.
+            keep: the budget in force; between two measured ones, the scale lies between theirs.
+        """
         if self.rules.get(stage) != rule or stage not in self.curves:
             return None
-        return self.curves[stage].scale(target)
+        if keep is None or stage not in self._measured:
+            return self.curves[stage].scale(target)
+        points = self._measured[stage]
+        below = [p for p in points if p[0] <= keep] or points[:1]
+        above = [p for p in points if p[0] >= keep] or points[-1:]
+        (low, first), (high, last) = below[-1], above[0]
+        part = (keep - low) / (high - low) if high > low else 0.0
+        return first.scale(target) * (1 - part) + last.scale(target) * part
+
+    @cached_property
+    def _measured(self) -> dict[str, list[tuple[float, Curve]]]:
+        """Stage -> budgets in rising order, each with its curve."""
+        found: dict[str, list[tuple[float, Curve]]] = {}
+        for name, curve in self.curves.items():
+            stage, several, keep = name.partition(AT)
+            if several:
+                found.setdefault(stage, []).append((float(keep), curve))
+        return {
+            stage: sorted(points, key=lambda point: point[0]) for stage, points in found.items()
+        }
 
     def numbers(self, key: str) -> tuple[float, ...] | None:
         """A list of finite numbers, or a single one, that a method left in `found`; None: nothing.
@@ -100,7 +137,7 @@ class Calibration:
         try:
             return cls(
                 curves={
-                    str(name): Curve(
+                    _checked(name): Curve(
                         tuple(map(float, c["fraction"])), tuple(map(float, c["weight"]))
                     )
                     for name, c in values["curves"].items()
@@ -112,6 +149,24 @@ class Calibration:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"calibration: not a calibration record ({error!r})") from None
+
+
+def merge_budgets(found: Mapping[float | None, Calibration]) -> Calibration:
+    """Several budgets' calibrations as one; the first budget's stands for all others."""
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        return first
+    differ = {
+        s for s in first.curves if any(c.curves[s] != first.curves[s] for c in found.values())
+    }
+    each = {f"{s}{AT}{keep!r}": c.curves[s] for keep, c in found.items() for s in differ}
+    return dataclasses.replace(first, curves={**first.curves, **each})
+
+
+def _checked(name: Any) -> str:
+    """The name of a curve; ValueError where its budget is no number."""
+    stage, several, keep = str(name).partition(AT)
+    return f"{stage}{AT}{float(keep)!r}" if several else stage
 
 
 class Recorder:

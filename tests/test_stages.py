@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from itprune import Calibration, PromptFormat, PruneConfig, attach, calibrate
+from itprune import Calibration, Draw, PromptFormat, PruneConfig, attach, calibrate
 from itprune.calibration import Curve
 from itprune.engine.relevance import unrotate
 from tests.models import ASSISTANT, DEPTH, IMAGE, PATCHES, ROWS, batch, prompts, tiny_llava
@@ -191,6 +191,39 @@ def test_calibration_meets_the_target(rule: str, score: str) -> None:
     # Whole tokens of 36 and the at-least-one rule leave a rounding error.
     assert average == pytest.approx(0.3, abs=0.03)
     assert Calibration.from_dict(found.to_dict()) == found
+
+
+def test_a_list_is_calibrated_at_each_of_its_budgets() -> None:
+    model = tiny_llava()
+    budgets = (1.0, 0.15, 0.3, 0.6)
+    options = {"stage1": {"rule": "mean"}, "stage2": {"rule": "mean"}}
+    attached = attach(model, PruneConfig(keep=Draw(budgets), options=options), prompt=PROMPT)
+    batches = [prompts(batch(ROWS, seed=s)) for s in range(12)]
+    found = calibrate(attached, batches)
+    (later,) = {stage.partition("@")[0] for stage in found.curves} - {"stage1"}
+    assert set(found.curves) == {"stage1", later} | {f"{later}@{keep}" for keep in budgets[1:]}
+    assert attached.keep == 1.0  # as before
+    assert Calibration.from_dict(found.to_dict()) == found
+    for keep in (*budgets[1:], 0.45):
+        with torch.no_grad(), attached.aside(keep):
+            for one in batches:
+                model(**one)
+            totals = attached.totals
+            average = totals.visual_layer_tokens / (totals.visual_in * DEPTH)
+        assert average == pytest.approx(keep, abs=0.03)
+    assert attached.totals.samples == 0
+
+
+def test_between_two_measured_budgets_the_scale_lies_between_theirs() -> None:
+    few, many = Curve((0.2,), (1.0,)), Curve((0.4,), (1.0,))
+    curves = {"stage2.1": few, "stage2.1@0.2": few, "stage2.1@0.6": many}
+    found = Calibration(curves, {"stage2.1": "mean"})
+    scales = [found.scale("stage2.1", "mean", 0.2, keep) for keep in (None, 0.1, 0.2, 0.4, 0.6, 1)]
+    assert scales == pytest.approx([1.0, 1.0, 1.0, 0.75, 0.5, 0.5], abs=1e-6)
+    broken = found.to_dict()
+    broken["curves"]["stage2.1@much"] = broken["curves"].pop("stage2.1@0.6")
+    with pytest.raises(ValueError, match="not a calibration record"):
+        Calibration.from_dict(broken)
 
 
 def test_a_calibration_serves_every_budget() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from itprune import PruneConfig, attach
-from itprune.attach import calibrate
+from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
 from itprune.host import Host
 from itprune.methods import build_method

@@ -108,7 +108,7 @@ def needs_calibration(attached: Any | None) -> bool:
     """Whether the rule's counts have yet to be fitted to the target."""
     if attached is None or attached.calibration is not None:
         return False
-    return attached.config.final_keep != 1.0 and bool(attached.method.calibrates)
+    return set(attached.config.budgets) != {1.0} and bool(attached.method.calibrates)
 
 
 class CalibrateCallback(TrainerCallback):  # type: ignore[misc]

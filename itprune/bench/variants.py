@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from itprune.attach import Attached, attach, calibrate
+from itprune.attach import Attached, attach
 from itprune.bench.shape import Shape
+from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.methods.scheduled import Scheduled

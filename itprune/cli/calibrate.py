@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     entries = _entries(Path(args.data))
     from itprune.answer import Answerer
-    from itprune.attach import calibrate
+    from itprune.calibrating import calibrate
     from itprune.checkpoint import PRUNER_FILE, PrunerRecord
     from itprune.config import PruneConfig
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args, **({"keep": PruneConfig().final_keep} if fresh else {}))
     attached = loaded.attached
     assert attached is not None
-    if attached.keep == 1.0:
+    if set(attached.config.budgets) == {1.0}:
         raise ValueError("keep is 1.0, which prunes nothing; give the target as --keep 0.22")
     batches = _Batches(Answerer(loaded), entries, args)
     calibration = calibrate(attached, batches, args.limit)

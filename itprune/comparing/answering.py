@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from itprune.answer import Answer, Answerer, Encoded
-from itprune.attach import Attached, calibrate
+from itprune.attach import Attached
+from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
 from itprune.comparing.data import Parts, Sample
 from itprune.comparing.entries import Case

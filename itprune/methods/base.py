@@ -48,6 +48,10 @@ class NoOptions:
 class Trial(Protocol):
     """What a method may do while it is calibrated."""
 
+    @property
+    def budgets(self) -> tuple[float | None, ...]:
+        """Targets to be met, that in force first."""
+
     def run(self) -> None:
         """Forwards every calibration batch."""
 

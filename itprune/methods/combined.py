@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class Combined(Method):
         try:
             for name, part in sorted(self._each(), key=lambda each: _turn(each[1])):
                 if part.calibrates:
-                    found[name] = part.calibrate(trial)
+                    found[name] = part.calibrate(_Part(trial, (part.keep,)))
                     part.use(found[name])
         except BaseException:
             self.use(before)
@@ -143,6 +144,20 @@ class Combined(Method):
         for name, part in self._each():
             record = None if calibration is None else calibration.found.get(name)
             part.use(None if record is None else Calibration.from_dict(record))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A trial of one part, which has a target of its own: its share of the one in force."""
+
+    trial: Trial
+    budgets: tuple[float | None, ...]
+
+    def run(self) -> None:
+        self.trial.run()
+
+    def fidelity(self) -> float:
+        return self.trial.fidelity()
 
 
 def combine(parts: Mapping[str, Method], options: Mapping[str, Any]) -> Combined:

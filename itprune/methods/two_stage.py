@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itprune.calibration import Calibration, Recorder
+from itprune.calibration import Calibration, Recorder, merge_budgets
 from itprune.knee import RULE_NAMES, inflection_count
 from itprune.methods import register_method
 from itprune.methods.base import Card, Host, Method, Trial
@@ -155,22 +155,27 @@ class TwoStage(Method):
 
     @torch.no_grad()
     def calibrate(self, trial: Trial) -> Calibration:
-        """Stage by stage in the order they act, each while the earlier ones meet their target."""
+        """Stage by stage in the order they act, each while the earlier ones meet their target; what
+        later ones see depends on it, so they are measured at every target there is."""
+        stages = self._stages()
         before, self.calibration = self.calibration, None
+        found: dict[float | None, Calibration] = {}
         try:
-            for _ in self._stages():
-                self.recorder = Recorder()
-                trial.run()
-                self.calibration = self.recorder.finish()
+            for keep in trial.budgets:
+                self.share(keep)
+                for _ in stages[1:] if found and stages[0] == "stage1" else stages:
+                    self.recorder = Recorder()
+                    trial.run()
+                    self.calibration = self.recorder.finish()
+                if self.calibration is None or not set(stages) <= set(self.calibration.curves):
+                    raise ValueError("calibration needs samples with images, and found none")
+                found[keep] = self.calibration
         except BaseException:
             self.calibration = before
             raise
         finally:
             self.recorder = None
-        found = self.calibration
-        if found is None or not set(self._stages()) <= set(found.curves):
-            raise ValueError("calibration needs samples with images, and found none")
-        return found
+        return merge_budgets(found)
 
     def _stages(self) -> tuple[str, ...]:
         """Names of the stages whose counts a calibration scales, in the order they act."""
@@ -234,7 +239,7 @@ class TwoStage(Method):
             self.recorder.add(stage, rule, raw, total)
         if target is None:
             return raw
-        scale = self.calibration.scale(stage, rule, target) if self.calibration else None
+        scale = self.calibration.scale(stage, rule, target, self.keep) if self.calibration else None
         if scale is None:
             if self.recorder is None:
                 warnings.warn(
