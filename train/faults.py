@@ -77,9 +77,11 @@ def not_written(error: BaseException, output: Path) -> str | None:
     Libraries tell of a full disk in their own words, some without the reason.
     """
     if isinstance(error, OSError):
-        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+        reason = str(error.strerror or error) + (f": {error.filename}" if error.filename else "")
+    elif isinstance(error, SafetensorError):
         reason = first_line(error)
+    elif "inline_container.cc" in str(error):  # torch.save
+        reason = "a file could not be written to its end"
     else:
         return None
     free = shutil.disk_usage(output).free / 2**20

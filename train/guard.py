@@ -81,8 +81,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         samples = f" (samples: {shown(places)})" if places else ""
         return Fault(
             f"step {self.progress.step}: {verdict.illness}{samples}; nothing of this step was kept "
-            f"and {self._kept()}; look at the samples, lower trainer.learning_rate or set "
-            "trainer.max_grad_norm, and start again",
+            f"and {self._kept()}; look at the samples, then go on with a smaller "
+            "trainer.max_grad_norm or start anew with a lower trainer.learning_rate",
             shared=True,
         )
 

@@ -4,9 +4,9 @@ All processes compare notes once a step, in one small gather before the optimize
 to the same verdict. That reads one number from the device a step; the forward pass of a pruned
 model has waited for it several times by then.
 
-A loss has exploded when it is above 100 and above 100 times the median of the last 100 steps. A
-cross entropy of 100 cannot be reached by guessing (a vocabulary of 150,000 gives 12), and the jumps
-that training recovers from are far smaller.
+A loss has exploded when it is above 100 and above 100 times the median of the last 100 steps.
+Guessing gives a cross entropy of 12 at a vocabulary of 150,000, and the jumps that training
+recovers from are far smaller.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 WINDOW = 100
-FEWEST = 10
-"""Steps before a median says anything."""
 TIMES = 100.0
 
 
@@ -90,7 +88,7 @@ class Health:
         if any(not math.isfinite(norm) or norm < 0 for norm in norms):
             return "the loss is a number but its gradients are not", everywhere
         mean = statistics.fmean(losses)
-        if len(self._losses) >= FEWEST:
+        if self._losses:
             usual = statistics.median(self._losses)
             if mean > TIMES * max(usual, 1.0):
                 return f"the loss is {mean:,.0f}, its median was {usual:.4g}", everywhere

@@ -21,7 +21,7 @@ from train.config import RECIPE_NAME, Recipe
 FREE = re.compile(
     r"trainer\.(logging_.*|save_.*|eval_.*|report_to|run_name|disable_tqdm|log_level.*|deepspeed"
     r"|max_steps|num_train_epochs|per_device_eval_batch_size|dataloader_.*|ddp_.*|use_cpu"
-    r"|per_device_train_batch_size|gradient_accumulation_steps|output_dir)"
+    r"|per_device_train_batch_size|gradient_accumulation_steps|output_dir|max_grad_norm)"
     r"|data\.(workers|val)"
 )
 """Keys that may differ between a run and its continuation."""
