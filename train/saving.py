@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -101,10 +100,17 @@ class SavingTrainer(Trainer):  # type: ignore[misc]
             return
         if self.method is not None and self.args.should_save:
             state_dict = self._split(state_dict or self.model.state_dict())[0]
+        folder = output_dir or self.args.output_dir
         if not is_deepspeed_zero3_enabled():
-            super()._save(output_dir, state_dict)
+            super()._save(folder, state_dict)
         elif self.args.should_save and state_dict is not None:
-            save_published(self.model, output_dir or self.args.output_dir, state_dict)
+            # A model that ZeRO-3 has loaded takes every renaming it might have needed for one it
+            # needed, and would put prefixes twice; the names of its modules load as well.
+            self.model.save_pretrained(
+                output_dir or self.args.output_dir,
+                state_dict=state_dict,
+                save_original_format=False,
+            )
 
     # ------------------------------------------------------------------------ loading
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -173,17 +179,6 @@ def gather(
         buffers = model.named_buffers(remove_duplicate=False)
         gathered |= {name: buffer.cpu() for name, buffer in buffers if name in names}
     return gathered
-
-
-def save_published(model: Any, folder: str, state: dict[str, Tensor]) -> None:
-    """Saves weights under published names. A model that ZeRO-3 has loaded takes every renaming it
-    might have needed for one it needed, and would put prefixes twice; one that was never loaded
-    knows only those that are right."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    with torch.device("meta"):
-        unloaded = type(model)(config)
-    unloaded.generation_config = model.generation_config
-    unloaded.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
