@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import pickle
 import shutil
+import traceback
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import distributed
+from torch import distributed, serialization
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
@@ -68,7 +69,7 @@ def lost_peer(error: BaseException) -> bool:
 
 def damaged(error: BaseException) -> bool:
     """Whether a file of weights or of a state could not be read."""
-    return isinstance(error, DAMAGED) or "PytorchStreamReader" in str(error)
+    return isinstance(error, DAMAGED) or _of_torch_file(error)
 
 
 def not_written(error: BaseException, output: Path) -> str | None:
@@ -80,12 +81,18 @@ def not_written(error: BaseException, output: Path) -> str | None:
         reason = str(error.strerror or error) + (f": {error.filename}" if error.filename else "")
     elif isinstance(error, SafetensorError):
         reason = first_line(error)
-    elif "inline_container.cc" in str(error):  # torch.save
+    elif _of_torch_file(error):
         reason = "a file could not be written to its end"
     else:
         return None
     free = shutil.disk_usage(output).free / 2**20
     return f"{reason}; {free:,.0f} MB are free in {output}"
+
+
+def _of_torch_file(error: BaseException) -> bool:
+    """Whether torch.save or torch.load failed, whose words differ from one point to the next."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and frames[-1].filename == serialization.__file__
 
 
 def first_line(error: BaseException) -> str:
