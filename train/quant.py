@@ -52,6 +52,7 @@ def skeleton(path: str) -> Any:
         ValueError: its configuration cannot be read.
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers.modeling_utils import set_zero3_state
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -64,7 +65,8 @@ def skeleton(path: str) -> Any:
             f"model.path: {path}: its weights are quantised already; name the model they were made "
             "from, into which the adapters can be merged"
         )
-    with torch.device("meta"):
+    # Under ZeRO-3 a sub-model would be divided among the ranks; what has no weights cannot be.
+    with torch.device("meta"), set_zero3_state():
         return kind(config)
 
 
