@@ -9,16 +9,19 @@ into every checkpoint, so that `itprune.load_pretrained` loads any of them.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.distributed import all_reduce, get_rank, is_initialized
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 
 from itprune.attach import Attached, base_model
 from itprune.calibrating import calibrate
@@ -43,7 +46,7 @@ class PrunerCallback(TrainerCallback):
             the trainer's constructor, so attach to `trainer.model`.
         processor: saved into every checkpoint, unless the trainer has it as `processing_class`.
         calibration_samples: samples of the training data to calibrate on before the first step, so
-            that `keep` is met on average; 0: not at all.
+            that `keep` is met on average; 0: not at all. What is calibrated already stays.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class PrunerCallback(TrainerCallback):
         attached: Attached,
         processor: ProcessorMixin | None = None,
         *,
-        calibration_samples: int = 0,
+        calibration_samples: int = 256,
     ) -> None:
         self.attached = attached
         self.processor = processor
@@ -75,10 +78,13 @@ class PrunerCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------ what a Trainer calls
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = checkpoint_folder(args, state)
+        if state.global_step and checkpoint.is_dir() and not is_sharded():
+            refill(kwargs["model"], checkpoint)
         stored = state.stateful_callbacks.get(STATE)
         if stored is not None:
             self.attached.calibration = Calibration.from_dict(stored)
-        elif self.calibration_samples and self.attached.method.calibrates:
+        elif self.attached.calibration is None and self.attached.method.calibrates:
             self._calibrate(args, state, kwargs["train_dataloader"])
         if self.attached.calibration is not None:
             state.stateful_callbacks[STATE] = self.attached.calibration.to_dict()
@@ -112,7 +118,7 @@ class PrunerCallback(TrainerCallback):
         self._history = state.log_history
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.should_save)
+        self._save(checkpoint_folder(args, state), args.should_save)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save(Path(args.output_dir), args.should_save)
@@ -152,7 +158,14 @@ class PrunerCallback(TrainerCallback):
     def _calibrate(self, args: Any, state: Any, loader: DataLoader[Any]) -> None:
         """At the target after training; every process reads the same samples."""
         self.attached.set_step(state.max_steps, state.max_steps, args.seed)
-        if self.attached.keep == 1.0:
+        if self.attached.keep == 1.0 or not self.calibration_samples:
+            return
+        if isinstance(loader.dataset, IterableDataset):
+            warnings.warn(
+                "a stream is not calibrated on, so `keep` is not met on average; call "
+                "`calibrate(attached, batches)` before `trainer.train()`",
+                stacklevel=2,
+            )
             return
         with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16):
             batches = spread_batches(loader, self.calibration_samples)
@@ -188,18 +201,31 @@ class TextLabels:
         return batch
 
 
-def spread_batches(loader: DataLoader[Any], count: int) -> Iterable[Mapping[str, Tensor]]:
-    """Batches of samples spread evenly over a loader's data, made as the loader makes its own.
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """Where a Trainer puts the checkpoint of the step it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
-    Raises:
-        ValueError: the data set has no length.
+
+def is_sharded() -> bool:
+    """DeepSpeed and FSDP have checkpoints of their own, and read them themselves."""
+    kind = AcceleratorState().distributed_type
+    return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def refill(model: nn.Module, folder: Path) -> None:
+    """Gives a model that goes on, if it has no adapters, the weights of its checkpoint.
+
+    A Trainer fills it by the names of its modules, a file holds those the model was published with
+    (in LLaVA all are others), and what does not match stays as it was, with a warning.
     """
+    if isinstance(model, PreTrainedModel):
+        saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model.load_state_dict(saved.state_dict(), strict=False)
+
+
+def spread_batches(loader: DataLoader[Any], count: int) -> Iterable[Mapping[str, Tensor]]:
+    """Batches of samples spread evenly over a loader's data, made as the loader makes its own."""
     data: Any = loader.dataset
-    if isinstance(data, IterableDataset):
-        raise ValueError(
-            "calibration_samples: needs training data with a length; for a stream call "
-            "`calibrate(attached, batches)` before `trainer.train()`"
-        )
     count = min(count, len(data))
     chosen: Any = Subset(data, [i * len(data) // count for i in range(count)])
     return DataLoader(
