@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 Bad = tuple[int, str, str]
 SHOWN = 5
+ENOUGH = 1000
+"""Samples of a stream among which bad ones are counted at least."""
 
 
 class BadSamples:
@@ -76,6 +78,8 @@ class BadSamples:
             self.known.add(index)
             self._report(bad)
         _, place, reason = found[-1]
+        if len(self.known) <= self.allowed:
+            raise ValueError(reason)  # a file was lost, not a sample
         raise ValueError(f"{self._verdict()}; for example {place}: {reason}")
 
     def _verdict(self) -> str:
@@ -93,3 +97,39 @@ class BadSamples:
             file.write(json.dumps({"index": index, "where": place, "reason": reason}) + "\n")
         if len(self.known) <= SHOWN:
             print(f"skipped {place}: {reason}", file=sys.stderr)
+
+
+class StreamedBadSamples(BadSamples):
+    """The skipped samples of a stream, whose length nobody knows: judged among those read so far,
+    as soon as they are enough to judge.
+
+    Args:
+        path: the report.
+        max_bad: the fraction of bad samples that is allowed.
+        seen: samples this rank has read.
+        writes: whether this process writes the report and speaks.
+    """
+
+    def __init__(self, path: Path, max_bad: float, seen: Callable[[], int], writes: bool) -> None:
+        super().__init__(path, int(max_bad * ENOUGH), 0, writes)
+        self.max_bad, self.seen = max_bad, seen
+
+    def settle(self) -> None:
+        from accelerate.utils import gather_object
+
+        self._judge(sum(gather_object([self.seen()])))
+        super().settle()
+
+    def stop(self, found: Sequence[Bad]) -> NoReturn:
+        self._judge(self.seen())
+        super().stop(found)
+
+    def _judge(self, total: int) -> None:
+        self.total = total
+        self.allowed = int(self.max_bad * max(total, ENOUGH))
+
+    def _verdict(self) -> str:
+        return (
+            f"data.max_bad: {len(self.known)} of the {self.total} samples read so far are bad, "
+            f"{self.allowed} are allowed (listed in {self.path})"
+        )

@@ -174,10 +174,11 @@ class DistillSection:
     """`distill`: the model on all tokens teaches itself on the kept ones."""
 
     every: int = 4
-    """Every n-th step has the second forward, on all tokens."""
+    """Every n-th step has the second forward, on all tokens; none where its budget is 1.0."""
     weight: float = 1.0
     """Of the divergence beside the loss."""
     temperature: float = 1.0
+    """Logits are divided by it, the divergence is multiplied by its square."""
 
     def __post_init__(self) -> None:
         check_positive("distill.every", self.every)
@@ -192,8 +193,21 @@ class EvalSection:
     `trainer.eval_strategy` says so."""
 
     keep: tuple[float, ...] = ()
-    """Budgets to evaluate at, one after the other; none: the one in force."""
+    """Budgets to evaluate at, one after the other; metrics without a budget in their name are the
+    first one's. None: the budget in force, of a list its first."""
 
     def __post_init__(self) -> None:
         for keep in self.keep:
             check_fraction("eval.keep", keep)
+            if self.keep.count(keep) > 1:
+                raise ValueError(f"eval.keep: {keep} stands there twice; name every budget once")
+
+
+def metric(what: str, keep: float | None = None) -> str:
+    """Name of `loss` or `accuracy`, at a budget, without the evaluation's prefix."""
+    return what if keep is None else f"{what}_keep_{float(keep)}"
+
+
+def metrics(budgets: tuple[float, ...]) -> list[str]:
+    """All names an evaluation has."""
+    return [metric(what, keep) for keep in (None, *budgets) for what in ("loss", "accuracy")]

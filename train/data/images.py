@@ -1,7 +1,13 @@
-"""Opening images: lazily, as RGB, inside the allowed folder, and never a decompression bomb."""
+"""Opening images: lazily, as RGB, inside the allowed folder, and never a decompression bomb.
+
+An image is a path, bytes, a {"bytes", "path"} record as `datasets` writes it, or a data address
+(`data:image/png;base64,...`), which carries its bytes. Nothing is ever fetched.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
 import warnings
@@ -12,6 +18,10 @@ from PIL import Image
 
 from itprune.question import MAX_PIXELS
 from train.data.sample import BadSample
+
+DATA = "data:"
+MAX_DATA = 64 * 1024 * 1024
+"""Characters of a data address."""
 
 
 class ImageOpener:
@@ -26,7 +36,7 @@ class ImageOpener:
         self.strict = strict
 
     def __call__(self, image: Any) -> Image.Image:
-        """Opens a path, bytes, a {"bytes", "path"} record or a PIL image.
+        """Opens a path, a data address, bytes, a {"bytes", "path"} record or a PIL image.
 
         Raises:
             BadSample: missing, unreadable, too large, or outside the folder.
@@ -39,6 +49,8 @@ class ImageOpener:
             return _open(io.BytesIO(image), "an image of the record")
         if not isinstance(image, str):
             raise BadSample(f"an image must be a path, got {type(image).__name__}")
+        if image.startswith(DATA):
+            return _open(io.BytesIO(_data(image)), "an image of the record")
         path = self.locate(image)
         if not path.is_file():
             raise BadSample(f"missing image {path}")
@@ -56,6 +68,19 @@ class ImageOpener:
         if ".." in inside.parts:
             raise BadSample(f"image path {name!r} leaves {self.root}")
         return self.root / inside
+
+
+def _data(address: str) -> bytes:
+    """The bytes that a data address carries."""
+    head, comma, body = address.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise BadSample(f"image {head[:40]!r} is no data:image/...;base64, address")
+    if len(body) > MAX_DATA:
+        raise BadSample(f"image of {len(body)} characters in the record, more than {MAX_DATA}")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadSample(f"image {head[:40]!r} is not valid base64") from None
 
 
 def _open(source: Path | io.BytesIO, name: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 `content` is text with `<image>` places, or a list of {"type": "text", "text"} and
 {"type": "image"}. A line may also be a LLaVA record. A line that is not JSON is one bad sample.
+A file may hold many gigabytes: only the places of its lines are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from itprune.question import IMAGE
-from train.data.llava import llava_sample, read_text
+from train.data.files import Lines
+from train.data.llava import llava_sample
 from train.data.sample import (
     BadSample,
     Sample,
@@ -23,25 +25,41 @@ from train.data.sample import (
 
 
 class JsonlRecords:
-    """Random access to the lines of a JSONL file; empty lines do not count."""
+    """Random access to the lines of a JSONL file; empty lines do not count.
+
+    Raises:
+        ValueError: no such file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = read_text(path).split("\n")
-        self._lines = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        self._lines = Lines(path)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def where(self, index: int) -> str:
-        return f"{self.path}:{self._lines[index][0]}"
+        return f"{self.path}:{self._lines.number(index)}"
 
     def sample(self, index: int) -> Sample:
-        try:
-            record = json.loads(self._lines[index][1])
-        except json.JSONDecodeError as error:
-            raise BadSample(f"not valid JSON ({error.msg} at column {error.colno})") from None
-        return record_sample(record)
+        return line_sample(self._lines[index])
+
+
+def line_sample(line: bytes) -> Sample:
+    """The sample of one line."""
+    return record_sample(json_record(line))
+
+
+def json_record(data: bytes) -> Any:
+    """The value that bytes of JSON stand for."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadSample("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise BadSample(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise BadSample("not valid JSON (nested too deeply)") from None
 
 
 def record_sample(record: Any) -> Sample:

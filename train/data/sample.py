@@ -1,7 +1,8 @@
 """Sample: the one internal form of a conversation with images, whatever file it came from.
 
 A reader makes samples, the encoder turns them into tensors. Everything wrong with one sample is a
-`BadSample`, which training skips and counts; everything wrong with a whole file is a ValueError.
+`BadSample`, which training skips and counts; everything wrong with a whole file is a ValueError,
+`LostSource` where it comes up only while samples are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from itprune.question import IMAGE, ROLES
 
 class BadSample(ValueError):
     """One sample cannot be used; the message says why, without its place."""
+
+
+class LostSource(ValueError):
+    """A file that was there has changed or gone; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,15 @@ class Sample:
         if places != len(self.images):
             raise BadSample(f"{places} {IMAGE} in the text but {len(self.images)} images")
 
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        texts = (part for turn in self.turns for part in turn.parts if part != IMAGE)
+        return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
 
 class Records(Protocol):
-    """A file of samples with random access; `sample` may raise BadSample."""
+    """A file of samples with random access; `sample` may raise BadSample or LostSource."""
 
     def __len__(self) -> int: ...
 
