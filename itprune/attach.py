@@ -107,13 +107,14 @@ class Attached:
             self._engine.trace = None
 
     @contextmanager
-    def aside(self, keep: float | None) -> Iterator[None]:
+    def aside(self, keep: float | None, counted: bool = False) -> Iterator[None]:
         """For forwards beside a training: at another target, in evaluation mode, with logits at
         supervised positions only where labels are given; nothing is left of them in `keep`,
         `report` and `totals`.
 
         Args:
             keep: a fraction in (0, 1], or None.
+            counted: `totals` count them all the same.
 
         Raises:
             ValueError: outside that range.
@@ -122,7 +123,7 @@ class Attached:
         modes = {m: m.training for m in engine.family.model.modules()}
         report, totals = engine.report, engine.totals
         self.set_keep(keep)
-        engine.totals = Totals()
+        engine.totals = totals if counted else Totals()
         engine.label_only = True
         engine.family.model.eval()
         try:

@@ -133,6 +133,9 @@ def training_arguments(
     recompute = RENAMED[recompute] if RENAMED[recompute] in _types() else recompute
     values[recompute] = {"use_reentrant": False, **(values.get(recompute) or {})}
     check_device(values)
+    best = values.get("metric_for_best_model")
+    if best is not None and values.get("greater_is_better") is None:
+        values["greater_is_better"] = "loss" not in best  # eval_loss_keep_0.22 does not end with it
     if values.get("use_liger_kernel"):
         values["liger_kernel_config"] = {**UNFUSED, **(values.get("liger_kernel_config") or {})}
     values["output_dir"] = str(Path(values["output_dir"]).expanduser())

@@ -64,6 +64,11 @@ class Recipe:
         return self.model.mode
 
     @property
+    def eval_keep(self) -> tuple[float, ...]:
+        """Budgets that evaluations name; none: the one in force."""
+        return self.eval.keep if self.eval is not None else ()
+
+    @property
     def trains_vision(self) -> bool:
         """Whether the vision tower trains, whose last layers may reach no loss."""
         return self.mode == "full" and "vision" not in self.model.freeze

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from itprune.methods.combined import SEPARATOR
-from train.sections import ADAPTED, PARTS
+from itprune.options import nearest
+from train.sections import ADAPTED, PARTS, metrics
 
 if TYPE_CHECKING:
     from train.config import Recipe
@@ -24,7 +25,8 @@ BITS = ("bnb", "8bit", "paged")
 
 def check(recipe: Recipe) -> None:
     """Raises ValueError for the first contradiction."""
-    for rule in (adapters, quantised, frozen, rates, router, streaming, evaluation, trainer):
+    rules = (adapters, quantised, frozen, rates, router, streaming, evaluation, budgets, trainer)
+    for rule in rules:
         rule(recipe)
 
 
@@ -138,6 +140,31 @@ def evaluation(recipe: Recipe) -> None:
     """An evaluation needs samples."""
     if recipe.trainer.get("eval_strategy", "no") != "no" and not recipe.data.val:
         raise ValueError("trainer.eval_strategy: an evaluation needs data.val")
+
+
+def budgets(recipe: Recipe) -> None:
+    """Distillation and evaluation at several budgets need a pruner whose budget counts."""
+    for key, given in (("distill", recipe.distill is not None), ("eval.keep", recipe.eval_keep)):
+        if given and recipe.prune is None:
+            raise ValueError(
+                f"{key}: a dense run has no budgets; add a `prune` section or remove it"
+            )
+        if given and recipe.mode == "router":
+            raise ValueError(f"{key}: mode router forces exits, whatever the budget; remove it")
+    if recipe.distill is not None and recipe.prune is not None:
+        if set(recipe.prune.budgets) == {1.0}:
+            raise ValueError("distill: prune.keep is 1.0, so there is nothing to learn; remove one")
+        liger = recipe.trainer.get("liger_kernel_config") or {}
+        if recipe.trainer.get("use_liger_kernel") and liger.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "distill: Liger's fused loss makes no logits to compare; remove "
+                "fused_linear_cross_entropy from trainer.liger_kernel_config"
+            )
+    wanted = recipe.trainer.get("metric_for_best_model")
+    known = ["loss"] if recipe.mode == "router" else metrics(recipe.eval_keep)
+    if wanted is not None and str(wanted).removeprefix("eval_") not in known:
+        names = nearest(str(wanted), [f"eval_{name}" for name in known])
+        raise ValueError(f"trainer.metric_for_best_model: no evaluation has {wanted!r}; {names}")
 
 
 def trainer(recipe: Recipe) -> None:

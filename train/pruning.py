@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
-from itprune import PromptFormat, attach, calibrate
+from itprune import Attached, PromptFormat, attach, calibrate
+from itprune.attach import check_budgets
 from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
 from itprune.methods.dyvte import Dyvte
 from train.config import RECIPE_NAME, Recipe
@@ -46,6 +47,7 @@ def attach_pruner(
     calibration = PrunerRecord.read(checkpoint).calibration if checkpoint is not None else None
     prompt = PromptFormat.from_processor(processor)
     attached = attach(model, recipe.prune, prompt=prompt, calibration=calibration)
+    check_evaluated(attached, recipe)
     if recipe.mode == "router" or PRUNER in recipe.model.freeze:
         attached.method.requires_grad_(False)
     for part in routed(attached.method):  # no language loss reaches a router
@@ -53,6 +55,20 @@ def attach_pruner(
     widen_trained(attached.method, recipe.model.dtype)  # before loading, which would round
     load_parts(attached.method, checkpoint or _parts_folder(recipe))
     return attached
+
+
+def check_evaluated(attached: Attached, recipe: Recipe) -> None:
+    """Refuses budgets of evaluations out of the method's reach, before there is one.
+
+    Raises:
+        ValueError: for the first that cannot be met.
+    """
+    keep = attached.keep
+    try:
+        check_budgets(attached.method, recipe.eval_keep)
+    except ValueError as error:
+        raise ValueError(f"eval.keep: {str(error).removeprefix('prune.keep: ')}") from None
+    attached.set_keep(keep)
 
 
 def load_parts(method: nn.Module, folder: Path | None) -> None:

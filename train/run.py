@@ -13,10 +13,12 @@ from itprune.families import find_family
 from train.arguments import on_cpu, training_arguments
 from train.bad_samples import BadSamples
 from train.blank import BlankImage
+from train.budgets import Evaluation
 from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
+from train.distill import Distiller
 from train.feeding import token_batches
 from train.fsdp import fsdp_options, sharded_layers
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
@@ -113,6 +115,10 @@ def run(
     beside = partial(save_beside, processor=processor, attached=attached, recipe=recipe)
     method = trained_method(attached)
     make: Callable[..., PruneTrainer] = PruneTrainer
+    evaluation = None if routing else Evaluation(attached, recipe.eval_keep)
+    distill = None
+    if attached is not None and recipe.distill is not None:
+        distill = Distiller(attached, recipe.distill)
     if method is not None and routing:
         make = partial(RouterTrainer, routers=routed(method)[0])
     trainer = make(
@@ -128,6 +134,8 @@ def run(
         feed=feed,
         save_beside=beside,
         attached=pruning,
+        evaluation=evaluation,
+        distill=distill,
         base=recipe.model.path,
         method=method,
         layers=sharded_layers(model) if fsdp else None,

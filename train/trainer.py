@@ -12,8 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from train.bad_samples import BadSamples
+from train.budgets import EvaluatingTrainer
 from train.card import CardTrainer
 from train.data.collate import BAD, PLACES
+from train.distill import DistillingTrainer
 from train.feeding import FeedingTrainer
 from train.guard import GuardedTrainer
 from train.meter import Meter
@@ -22,14 +24,21 @@ from train.optim import RatesTrainer
 from train.saving import SavingTrainer
 
 
-class PruneTrainer(GuardedTrainer, RatesTrainer, FeedingTrainer, CardTrainer, SavingTrainer):
+class PruneTrainer(
+    GuardedTrainer,
+    RatesTrainer,
+    FeedingTrainer,
+    EvaluatingTrainer,
+    DistillingTrainer,
+    CardTrainer,
+    SavingTrainer,
+):
     """Trainer of a dense or pruned model.
 
     Args:
         meter: collects the numbers logged beside the loss.
         bad: the samples that were skipped.
-        kwargs: what GuardedTrainer, RatesTrainer, FeedingTrainer, CardTrainer, SavingTrainer and
-            Trainer take.
+        kwargs: what its bases take.
     """
 
     def __init__(
