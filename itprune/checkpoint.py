@@ -168,7 +168,7 @@ def load_pretrained(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_folder(folder)
     processor = load_processor(folder)  # first: what it lacks is known before gigabytes are read
-    model = _load_model(folder, dtype or (torch.float32 if device.type == "cpu" else "auto"), merge)
+    model = load_model(folder, dtype or (torch.float32 if device.type == "cpu" else "auto"), merge)
     model.to(device).eval()
     record = _record(folder, processor, keep, method, options)
     attached = None
@@ -208,12 +208,17 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}; not a model")
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Module:
+def load_model(folder: Path, dtype: torch.dtype | str, merge: bool) -> nn.Module:
+    """A folder's model without its pruner, PEFT-wrapped unless merged.
+
+    Raises:
+        ValueError: weights are missing.
+    """
     if not (folder / ADAPTER_FILE).exists():
-        return _load_base(folder, dtype)
+        return load_base(folder, dtype)
     from peft import PeftModel  # slow to import, and needed only here
 
-    model: Any = PeftModel.from_pretrained(_load_base(base_folder(folder), dtype), str(folder))
+    model: Any = PeftModel.from_pretrained(load_base(base_folder(folder), dtype), str(folder))
     return model.merge_and_unload() if merge else model
 
 
@@ -234,7 +239,12 @@ def base_folder(folder: Path) -> str | Path:
     return str(name)
 
 
-def _load_base(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_base(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The transformers model of a folder or hub name.
+
+    Raises:
+        ValueError: weights are missing, or config.json is wrong.
+    """
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True

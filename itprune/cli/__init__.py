@@ -18,7 +18,8 @@ from importlib.metadata import version
 from typing import Any
 
 COMMANDS = (
-    "train", "infer", "merge", "calibrate", "methods", "doctor", "env", "bench", "compare",
+    "train", "infer", "merge", "export", "calibrate", "methods", "doctor", "env",
+    "bench", "compare",
 )  # fmt: skip
 
 

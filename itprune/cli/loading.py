@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from itprune.checkpoint import Loaded
@@ -61,14 +65,21 @@ def load(args: argparse.Namespace, **changes: Any) -> Loaded:
         "keep": args.keep,
         "method": args.method,
         "device": args.device,
-        "dtype": None if args.dtype is None else _dtype(args.dtype),
+        "dtype": None if args.dtype is None else dtype_of(args.dtype),
     }
     if str(args.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine has no CUDA device; use cpu")
-    try:
+    with one_sentence(Path(args.model)):
         return load_pretrained(args.model, **{**wanted, **changes})
-    except (OSError, RuntimeError, ImportError, KeyError) as error:
-        raise ValueError(f"{args.model}: cannot be loaded ({first_line(error)})") from error
+
+
+@contextmanager
+def one_sentence(folder: Path) -> Iterator[None]:
+    """What transformers, PEFT and others say about a folder that cannot be loaded, in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(first_line(error)) from error
 
@@ -128,7 +139,8 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
+    """torch's type of one of `DTYPES`."""
     import torch
 
     return {

@@ -1,17 +1,22 @@
 """`itprune merge`: fold LoRA into the base weights and keep the pruner.
 
 The result is an ordinary model folder: transformers loads it and runs it dense, `itprune` loads it
-with its pruner. The base is loaded unquantised, since rounding twice would change the answers.
+with its pruner. The base is loaded unquantised, since rounding twice would change the answers, and
+keeps its type. `itprune export` makes a folder to deploy, of any checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
-from itprune.cli.loading import DTYPES, check_folder, load
+from itprune.cli.loading import DTYPES, check_folder, dtype_of, one_sentence
+from itprune.cli.new_folder import new_folder
+
+EXAMPLES = """\
+examples:
+  itprune merge --model outputs/run --output outputs/merged
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,12 +25,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "merge",
         help="fold LoRA into the base weights, keep the pruner",
         description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="FOLDER", help="an adapter's folder")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the base's own")
-    parser.set_defaults(run=run, keep=None, method=None, device="cpu")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,24 +40,40 @@ def run(args: argparse.Namespace) -> int:
     check_folder(folder)
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds no adapter (adapter_config.json), so nothing to merge")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists already; name a new folder")
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{output}: cannot be written ({error.strerror})") from None
-
-    from itprune.checkpoint import PRUNER_FILE, PrunerRecord, save_pretrained
-
-    loaded = load(args, merge=True, **({} if args.dtype else {"dtype": "auto"}))
-    known = (folder / PRUNER_FILE).exists()
-    recipe = PrunerRecord.read(folder).recipe if known else None
-    try:
-        save_pretrained(partial, loaded.model, loaded.processor, loaded.attached, recipe)
-    except OSError as error:
-        raise ValueError(f"{output}: cannot be written ({error.strerror})") from None
-    os.replace(partial, output)
+    write_whole(folder, output, args.dtype)
     print(f"merged {folder} into {output}")
     return 0
+
+
+def write_whole(
+    folder: Path,
+    output: Path,
+    dtype: str | None,
+    dense: bool = False,
+    max_shard_size: str | None = None,
+) -> None:
+    """Writes a checkpoint as an ordinary model folder, all of it or nothing.
+
+    Args:
+        folder: the checkpoint.
+        output: a new folder.
+        dtype: one of `DTYPES`; None: the base's own.
+        dense: leave the pruner out.
+        max_shard_size: of a file; None: as transformers has it.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    with new_folder(output) as partial:
+        from transformers.utils import logging
+
+        from itprune.export import read_model, write_model
+        from itprune.inputs import load_processor
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        with one_sentence(folder):
+            processor = load_processor(folder)  # first: what it lacks is known before gigabytes
+            model, parts = read_model(folder, None if dtype is None else dtype_of(dtype))
+        source = None if dense else folder
+        write_model(partial, model, processor, source, parts, max_shard_size)
