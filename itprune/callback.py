@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from itprune.attach import Attached, base_model
 from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
-from itprune.card import KeptShares, is_ours, write_card
+from itprune.card import TAG, KeptShares, is_ours, write_card
 from itprune.checkpoint import save_pruner
 from itprune.engine.request import IGNORE
 from itprune.families import find_family
@@ -59,6 +59,7 @@ class PrunerCallback(TrainerCallback):
         self.attached = attached
         self.processor = processor
         self.calibration_samples = calibration_samples
+        self._tuned: tuple[str | None, bool] = (None, False)
         self._history: Sequence[Mapping[str, float]] = ()
         self._sums = [0] * 5
         self._trained: deque[float] = deque(maxlen=LAST)
@@ -78,9 +79,13 @@ class PrunerCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------ what a Trainer calls
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        inner = base_model(model)
+        inner.add_model_tags([TAG])  # into whatever card the trainer or PEFT writes
+        self._tuned = inner.name_or_path, inner is not model
         checkpoint = checkpoint_folder(args, state)
         if state.global_step and checkpoint.is_dir() and not is_sharded():
-            refill(kwargs["model"], checkpoint)
+            refill(model, checkpoint)
         stored = state.stateful_callbacks.get(STATE)
         if stored is not None:
             self.attached.calibration = Calibration.from_dict(stored)
@@ -153,7 +158,8 @@ class PrunerCallback(TrainerCallback):
     def _write_card(self, folder: Path) -> None:
         kept = KeptShares.of(self._evaluated, "evaluation")
         kept = kept or KeptShares.of(self._trained, "the last ones of the training")
-        write_card(folder, history=self._history, kept=kept)
+        base, adapter = self._tuned
+        write_card(folder, base=base, adapter=adapter, history=self._history, kept=kept)
 
     def _calibrate(self, args: Any, state: Any, loader: DataLoader[Any]) -> None:
         """At the target after training; every process reads the same samples."""

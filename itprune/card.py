@@ -18,6 +18,8 @@ from itprune.checkpoint import ADAPTER_FILE, PRUNER_FILE, PRUNER_WEIGHTS, Pruner
 
 CARD_FILE = "README.md"
 TAG = "itprune"
+SIGN = "with itprune"
+"""Stands in every card of ours."""
 ROWS = 10
 """Evaluations in the table: the last ones."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -51,6 +53,7 @@ def write_card(
     *,
     name: str | None = None,
     base: str | None = None,
+    adapter: bool | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     kept: KeptShares | None = None,
 ) -> None:
@@ -60,17 +63,22 @@ def write_card(
         folder: with pruner.json, where the model is a pruned one.
         name: the heading; default the folder's name.
         base: folder or hub name of the model that was tuned; default as adapter and recipe say.
+        adapter: whether weights are an adapter's, where they are still to be saved.
         history: the trainer's `log_history`, for the evaluations.
         kept: how much stays of the samples that were looked at.
     """
     folder = Path(folder)
     record = PrunerRecord.read(folder) if (folder / PRUNER_FILE).exists() else None
+    adapter = (folder / ADAPTER_FILE).exists() if adapter is None else adapter
+    base = base or _base(folder, record)
     text = "\n\n".join(
         [
-            _metadata(folder, base or _base(folder, record)),
+            _metadata(base, adapter),
             f"# {name or folder.resolve().name}",
-            _introduction(base or _base(folder, record), record),
-            *_sections(folder, record, history, kept),
+            _introduction(base, record),
+            *_sections(record, history, kept),
+            _loading(record, adapter, trained=(folder / PRUNER_WEIGHTS).exists()),
+            *_recipe(record),
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,7 @@ def write_card(
 def is_ours(folder: Path) -> bool:
     """Whether a folder has no card yet, or one of ours: one that may be replaced."""
     path = folder / CARD_FILE
-    return not path.exists() or f"\n- {TAG}\n" in path.read_text(encoding="utf-8")
+    return not path.exists() or SIGN in path.read_text(encoding="utf-8")
 
 
 def _base(folder: Path, record: PrunerRecord | None) -> str | None:
@@ -91,8 +99,7 @@ def _base(folder: Path, record: PrunerRecord | None) -> str | None:
     return model.get("path")
 
 
-def _metadata(folder: Path, base: str | None) -> str:
-    adapter = (folder / ADAPTER_FILE).exists()
+def _metadata(base: str | None, adapter: bool) -> str:
     lines = [
         f"library_name: {'peft' if adapter else 'transformers'}",
         "license: unknown",
@@ -107,15 +114,14 @@ def _metadata(folder: Path, base: str | None) -> str:
 def _introduction(base: str | None, record: PrunerRecord | None) -> str:
     tuned = f"Tuned from `{Path(base).name if Path(base).is_absolute() else base}`" if base else ""
     if record is None:
-        return f"{tuned or 'Tuned'} with itprune, without token pruning."
+        return f"{tuned or 'Tuned'} {SIGN}, without token pruning."
     return (
-        f"{tuned or 'Tuned'} with itprune: visual tokens are pruned inside the forward pass, in "
+        f"{tuned or 'Tuned'} {SIGN}: visual tokens are pruned inside the forward pass, in "
         "training and at inference."
     )
 
 
 def _sections(
-    folder: Path,
     record: PrunerRecord | None,
     history: Sequence[Mapping[str, Any]],
     kept: KeptShares | None,
@@ -126,7 +132,9 @@ def _sections(
     table = evaluation_table(history)
     if table:
         yield f"## Evaluation\n\n{table}"
-    yield _loading(folder, record)
+
+
+def _recipe(record: PrunerRecord | None) -> Iterable[str]:
     if record is not None and record.recipe is not None:
         recipe = json.dumps(record.recipe, indent=1, ensure_ascii=False)
         yield f"## Recipe\n\n```json\n{recipe}\n```"
@@ -189,9 +197,7 @@ def evaluation_table(history: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _loading(folder: Path, record: PrunerRecord | None) -> str:
-    adapter = (folder / ADAPTER_FILE).exists()
-    trained = (folder / PRUNER_WEIGHTS).exists()
+def _loading(record: PrunerRecord | None, adapter: bool, trained: bool) -> str:
     lines = ["## Use\n", "```python", "from itprune import load_pretrained\n"]
     lines += [
         'loaded = load_pretrained("FOLDER")  # model, processor and pruner',

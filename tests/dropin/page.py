@@ -47,12 +47,13 @@ def answers(count: int = SAMPLES) -> list[tuple[str, str]]:
     """Image files and what is said about them; of uneven length."""
     rng = random.Random(3)
     return [
-        (f"images/{i}.png", f"It is {rng.choice(COLOURS)}{', yes' * (i % 3)}.") for i in range(count)
+        (f"images/{i}.png", f"It is {rng.choice(COLOURS)}{', yes' * (i % 3)}.")
+        for i in range(count)
     ]
 
 
 def prepare(folder: Path, model: Path) -> Path:
-    """Makes a folder to run the page in: model, pictures, train.jsonl, and the same as LLaVA JSON."""
+    """Makes a folder to run the page in: model, pictures, data, and these as LLaVA JSON, too."""
     (folder / MODEL).symlink_to(model)
     (folder / "images").mkdir()
     rng = random.Random(7)
