@@ -69,7 +69,7 @@ def run(
     zero = deepspeed_config(recipe.trainer, launch)
     if zero is not None:
         prepare_deepspeed(on_cpu(recipe.trainer))
-    changes = {"deepspeed": zero, **fsdp_options(recipe.trainer, launch)}
+    changes = {"deepspeed": zero, **fsdp_options(recipe.trainer, launch, recipe.mode)}
     args = training_arguments(
         recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, **changes
     )
@@ -86,7 +86,7 @@ def run(
     pad = tokenizer.pad_token_id
     collator = Collator(tokenizer.eos_token_id if pad is None else pad)
 
-    model = load_model(recipe, bf16=args.bf16)
+    model = load_model(recipe, bf16=args.bf16, sharded=fsdp)
     set_seed(args.seed)  # a method's own parts, too, start from the same numbers everywhere
     attached = attach_pruner(model, recipe, processor, checkpoint)
     check_trains(model)
