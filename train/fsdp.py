@@ -21,14 +21,14 @@ from train.model import base_of
 VERSION = "2"
 
 
-def fsdp_options(trainer: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
+def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[str, Any]:
     """What the launch changes in the `trainer` section about FSDP.
 
     One process started by plain `python` has nothing to share and runs without, so that one recipe
     serves all launchers.
 
     Raises:
-        ValueError: the first version of FSDP, or FSDP beside DeepSpeed or named twice.
+        ValueError: the first version of FSDP, FSDP beside DeepSpeed or named twice, or mode router.
     """
     named = bool(trainer.get("fsdp"))
     if launch.accelerate_fsdp is None and not named:
@@ -47,7 +47,14 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
         )
     if trainer.get("deepspeed") is not None and named:
         raise ValueError("trainer.fsdp: runs without trainer.deepspeed; remove one of them")
-    return {"fsdp": None, "fsdp_config": None} if launch.processes == 1 and named else {}
+    if launch.processes == 1 and named:
+        return {"fsdp": None, "fsdp_config": None}
+    if mode == "router":
+        raise ValueError(
+            "model.mode: router trains beside the model's own forward, where FSDP adds up no "
+            "gradients; use launch/accelerate/multi_gpu.yaml or DeepSpeed"
+        )
+    return {}
 
 
 def sharded_layers(model: Any) -> tuple[str, ...]:
