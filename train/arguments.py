@@ -161,6 +161,27 @@ def check_device(values: Mapping[str, Any]) -> None:
             )
 
 
+def check_reentry(args: Any, ddp: bool, unused: bool) -> None:
+    """Refuses what ends in the middle of DDP's first step.
+
+    Args:
+        args: TrainingArguments.
+        ddp: whether several processes share gradients by DDP, not by DeepSpeed or FSDP.
+        unused: whether weights may train that no loss reaches.
+
+    Raises:
+        ValueError: reentrant checkpointing beside such weights: DDP looks for them in a graph that
+            reentrant layers are not part of yet.
+    """
+    reentrant = args.gradient_checkpointing and args.gradient_checkpointing_kwargs["use_reentrant"]
+    if ddp and unused and reentrant:
+        raise ValueError(
+            "trainer.gradient_checkpointing_kwargs: reentrant checkpointing does not go with a "
+            "trained vision tower on several processes without DeepSpeed or FSDP; set "
+            "use_reentrant: false"
+        )
+
+
 def on_cpu(trainer: Mapping[str, Any]) -> bool:
     """Whether the run uses the CPU: as the section says, else where there is no accelerator."""
     import torch

@@ -161,6 +161,20 @@ def trains_images(model: Any) -> bool:
     return any(p.requires_grad and id(p) not in reached for p in model.parameters())
 
 
+def limit_input_grads(model: Any, reentrant: bool) -> None:
+    """Undoes what transformers prepares for gradient checkpointing where nothing needs it.
+
+    It makes the inputs of every sub-model require a gradient. Only reentrant checkpointing needs
+    that, and only where something trains; a frozen tower would be trained through for nothing.
+    """
+    base = base_of(model)
+    base.disable_input_require_grads()
+    family = find_family(base)
+    for part in (family.tower, family.text_model):
+        if reentrant and any(p.requires_grad for p in part.parameters()):
+            part.enable_input_require_grads()
+
+
 def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     from peft import PeftModel

@@ -19,7 +19,7 @@ from train.distill import DistillingTrainer
 from train.feeding import FeedingTrainer
 from train.guard import GuardedTrainer
 from train.meter import Meter
-from train.model import base_of
+from train.model import limit_input_grads
 from train.optim import RatesTrainer
 from train.saving import SavingTrainer
 
@@ -116,10 +116,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             self.attached.set_step(state.global_step, state.max_steps, args.seed)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # transformers makes the inputs of every sub-model require a gradient, the frozen tower's
-        # too, which only reentrant checkpointing needs: it would be trained through for nothing.
-        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
-            base_of(kwargs["model"]).disable_input_require_grads()
+        if args.gradient_checkpointing:
+            reentrant = args.gradient_checkpointing_kwargs["use_reentrant"]
+            limit_input_grads(kwargs["model"], reentrant)
         self.meter.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

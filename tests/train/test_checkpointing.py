@@ -11,7 +11,8 @@ import torch
 from itprune import PromptFormat, PruneConfig, attach
 from tests.family_models import ASSISTANT, NAMES, batch, build
 from tests.train.helpers import losses, train_here, write_data
-from train.arguments import training_arguments
+from train.arguments import check_reentry, training_arguments
+from train.model import limit_input_grads
 
 MODES = {
     "lora": ("lora.dropout=0.1",),
@@ -68,6 +69,39 @@ def test_reentrant_checkpointing_keeps_every_gradient_of_every_family(
     largest = max(float(g.abs().max()) for g in plain.values())
     for parameter, gradient in plain.items():
         assert torch.allclose(gradient, again[parameter], atol=1e-5 * largest), parameter
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_frozen_tower_is_not_trained_through(reentrant: bool, trains: bool) -> None:
+    model = build("llava").train()
+    inputs = batch("llava", model)
+    model.model.vision_tower.requires_grad_(trains)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    limit_input_grads(model, reentrant)
+    asked = []
+    projector = model.model.multi_modal_projector
+    projector.register_forward_pre_hook(lambda _, args: asked.append(args[0].requires_grad))
+    model(**inputs).loss.backward()
+    assert asked == [trains]
+    assert all(p.grad is not None for p in projector.parameters())
+
+
+def test_reentry_beside_unused_weights_is_refused_under_ddp(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "gradient_checkpointing": True}
+    usual = training_arguments(values, 0)
+    again = {**values, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    reentrant = training_arguments(again, 0)
+    for args, ddp, unused in (
+        (usual, True, True),
+        (reentrant, False, True),
+        (reentrant, True, False),
+    ):
+        check_reentry(args, ddp, unused)
+    with pytest.raises(
+        ValueError, match=r"^trainer.gradient_checkpointing_kwargs: .* set use_reent"
+    ):
+        check_reentry(reentrant, ddp=True, unused=True)
 
 
 @pytest.mark.parametrize("given", [None, {"every_n_layers": 2}, {"use_reentrant": True}])
