@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from train.arguments import find_file
+from train.contradictions import need
 
 ZERO2 = "launch/deepspeed/zero2.json"
 
@@ -98,7 +100,11 @@ def prepare_deepspeed(on_cpu: bool) -> None:
     With ZeRO-3 a model is sharded while it loads and must know the world size by then. On a CPU
     the shared-memory all-reduce, which a compiler would have to build first, is left out: gloo
     does the same without one.
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
     """
+    need("deepspeed", "trainer.deepspeed", "ZeRO", "train")
     import deepspeed
     import deepspeed.ops
 
@@ -129,6 +135,8 @@ def leave(status: int) -> None:
     Everything is written and the process group closed by now, but on a CPU gloo's native threads
     can still be running, and tearing them down then aborts a rank that has done its work.
     """
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise when a worker ends
     for child in multiprocessing.active_children():
         child.kill()  # data workers, which do not hear the request to end that comes at exit
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
