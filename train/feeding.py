@@ -11,6 +11,8 @@ from transformers import Trainer, TrainerCallback
 from train.config import Recipe
 from train.data.batches import Budget, Ranks, Samples, TokenBatches
 from train.data.collate import Collator
+from train.data.dataset import SampleDataset
+from train.data.mixture import EpochSampler
 from train.feed import Feed, FeedLoader, read_state, write_state
 from train.meter import Meter
 
@@ -87,6 +89,12 @@ class FeedingTrainer(Trainer):  # type: ignore[misc]
         if feed is not None:
             self.args.ignore_data_skip = True  # a feed goes on where it stood
             self.add_callback(FeedCallback(feed, self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data, seed = self.train_dataset, self.args.data_seed
+        if not isinstance(data, SampleDataset) or data.mixture is None:
+            return super()._get_train_sampler(train_dataset)
+        return EpochSampler(data.mixture, self.args.seed if seed is None else seed)
 
     def get_train_dataloader(self) -> Any:
         # Not prepared by accelerate, which would shard it again: a feed knows its rank, and Trainer

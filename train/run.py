@@ -10,8 +10,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune.families import find_family
-from train.arguments import on_cpu, training_arguments
-from train.bad_samples import BadSamples
+from train.arguments import check_reentry, on_cpu, training_arguments
 from train.blank import BlankImage
 from train.budgets import Evaluation
 from train.config import Recipe
@@ -19,6 +18,7 @@ from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.distill import Distiller
+from train.feed import Feed
 from train.feeding import token_batches
 from train.fsdp import fsdp_options, sharded_layers
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
@@ -33,6 +33,7 @@ from train.model import (
 )
 from train.optim import check_rates
 from train.pruning import (
+    CALIBRATION_SAMPLES,
     CalibrateCallback,
     attach_pruner,
     calibration_batches,
@@ -47,6 +48,7 @@ from train.reports import prepare_reports
 from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
 from train.stopping import StopRequest
+from train.streaming import bad_samples, open_stream, ready_stream
 from train.trainer import PruneTrainer, StepCallback
 
 
@@ -74,17 +76,24 @@ def run(
         recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, **changes
     )
     fsdp = launch.accelerate_fsdp is not None or bool(args.fsdp)
+    ddp = args.world_size > 1 and not (fsdp or zero is not None or launch.accelerate_deepspeed)
+    check_reentry(args, ddp, unused=recipe.trains_vision)
     check_world(args, launch)
     agree(checkpoint)
     prepare_reports(args)
 
     processor = load_processor(recipe.model.path)
     encoder = Encoder(processor, recipe.data.max_length)
-    train_data = build_dataset(recipe.data, recipe.data.train, encoder)
-    val_data = build_dataset(recipe.data, recipe.data.val, encoder) if recipe.data.val else None
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id
     collator = Collator(tokenizer.eos_token_id if pad is None else pad)
+    data, stream = recipe.data, None
+    if data.streaming:
+        stream = open_stream(recipe, args, encoder, collator)
+        train_data = stream.first(CALIBRATION_SAMPLES)
+    else:
+        train_data = build_dataset(data, data.train, encoder, data.weights)
+    val_data = build_dataset(data, data.val, encoder) if data.val else None
 
     model = load_model(recipe, bf16=args.bf16, sharded=fsdp)
     set_seed(args.seed)  # a method's own parts, too, start from the same numbers everywhere
@@ -99,8 +108,11 @@ def run(
     pruning = None if routing else attached
     encoder.visual_share = entering_share(pruning)
     encoder.positions = base_of(model).config.get_text_config().max_position_embeddings
-    feed = None
-    if recipe.data.max_tokens_per_batch is not None:
+    feed: Feed | None = None
+    if stream is not None:
+        limit = data.max_tokens_per_batch
+        feed = ready_stream(stream, limit, visual_ids, pruning, checkpoint)
+    elif data.max_tokens_per_batch is not None:
         feed = token_batches(recipe, args, train_data, collator, visual_ids, pruning, checkpoint)
     meter = Meter(pruning, visual_ids)
     callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
@@ -109,16 +121,14 @@ def run(
         batches = partial(calibration_batches, train_data, collator, workers)
         callbacks.insert(0, CalibrateCallback(attached, batches, late=routing))
     writes = args.process_index == 0
-    bad = BadSamples(
-        recipe.output / "bad_samples.jsonl", train_data.allowed, len(train_data), writes
-    )
+    bad = bad_samples(recipe, train_data, stream, writes)
     beside = partial(save_beside, processor=processor, attached=attached, recipe=recipe)
-    method = trained_method(attached)
-    make: Callable[..., PruneTrainer] = PruneTrainer
     evaluation = None if routing else Evaluation(attached, recipe.eval_keep)
     distill = None
     if attached is not None and recipe.distill is not None:
         distill = Distiller(attached, recipe.distill)
+    method = trained_method(attached)
+    make: Callable[..., PruneTrainer] = PruneTrainer
     if method is not None and routing:
         make = partial(RouterTrainer, routers=routed(method)[0])
     trainer = make(
@@ -132,10 +142,10 @@ def run(
         meter=meter,
         bad=bad,
         feed=feed,
-        save_beside=beside,
-        attached=pruning,
         evaluation=evaluation,
         distill=distill,
+        save_beside=beside,
+        attached=pruning,
         base=recipe.model.path,
         method=method,
         layers=sharded_layers(model) if fsdp else None,

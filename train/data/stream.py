@@ -237,6 +237,17 @@ def fixed(size: int) -> Grouping:
     return partial(_fixed, size=size)
 
 
+def within(limit: int, cost: Callable[[dict[str, Any]], float], packed: bool) -> Grouping:
+    """Batches of as many samples as fit; one that alone is too long stands alone.
+
+    Args:
+        limit: of the tokens of a batch.
+        cost: tokens of a sample.
+        packed: whether a batch costs the sum of its samples, or its longest for each of them.
+    """
+    return partial(_within, limit=limit, cost=cost, packed=packed)
+
+
 def _fixed(samples: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     for sample in samples:
@@ -247,6 +258,25 @@ def _fixed(samples: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[s
         if len(batch) == size:
             yield batch
             batch = []
+
+
+def _within(
+    samples: Iterator[dict[str, Any]],
+    limit: int,
+    cost: Callable[[dict[str, Any]], float],
+    packed: bool,
+) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    costs: list[float] = []
+    for sample in samples:
+        if "input_ids" not in sample:
+            yield [sample]
+            return
+        costs.append(cost(sample))
+        if batch and (sum(costs) if packed else max(costs) * len(costs)) > limit:
+            yield batch
+            batch, costs = [], costs[-1:]
+        batch.append(sample)
 
 
 def _unchanged(batch: Any) -> Any:
