@@ -60,6 +60,11 @@ def load_model(recipe: Recipe, bf16: bool, sharded: bool = False) -> Any:
         keep_layout(model)
     else:
         model = _load(section.path, dtype, section.attn_implementation)
+    return prepare(model, recipe)
+
+
+def prepare(model: Any, recipe: Recipe) -> Any:
+    """Adapters and freezing applied to a base model, which may be one without weights."""
     model.config.use_cache = False
     if recipe.lora is not None:
         # Under ZeRO-3 loading draws random numbers; adapters must start the same without it.
@@ -69,7 +74,7 @@ def load_model(recipe: Recipe, bf16: bool, sharded: bool = False) -> Any:
         trained, parts = _trained_parts(recipe), parts_of(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parts[name] in trained)
-    widen_trained(model, section.dtype)
+    widen_trained(model, recipe.model.dtype)
     return model
 
 
