@@ -165,6 +165,11 @@ def budgets(recipe: Recipe) -> None:
     if wanted is not None and str(wanted).removeprefix("eval_") not in known:
         names = nearest(str(wanted), [f"eval_{name}" for name in known])
         raise ValueError(f"trainer.metric_for_best_model: no evaluation has {wanted!r}; {names}")
+    if recipe.eval_keep and recipe.trainer.get("eval_strategy", "no") == "no":
+        raise ValueError(
+            "eval.keep: no evaluation runs in which these could be measured; set "
+            "trainer.eval_strategy and data.val"
+        )
 
 
 def trainer(recipe: Recipe) -> None:

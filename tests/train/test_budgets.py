@@ -214,8 +214,9 @@ def test_contradictions_are_one_sentence(
 
 
 def test_budgets_out_of_reach_are_refused_before_the_first_step(train: Any) -> None:
+    evaluated = ("eval.keep=[0.9, 0.02]", "trainer.eval_strategy=steps")
     with pytest.raises(ValueError, match=r"eval.keep: 0.02 is out of reach of fastv"):
-        train("prune.method=fastv", "prune.keep=0.9", "eval.keep=[0.9, 0.02]")
+        train("prune.method=fastv", "prune.keep=0.9", *evaluated)
     with pytest.raises(ValueError, match=r"prune.keep: 0.02 is out of reach of fastv"):
         train("prune.method=fastv", "prune.keep=[0.9, 0.02]")
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from itprune import PruneConfig, attach
 from launch.train import main
+from tests.models import batch, tiny_llava
 from train.arguments import training_arguments
 from train.config import load_recipe
+from train.launcher import prepare_deepspeed
 
 BASE = """\
 model:
@@ -73,6 +77,7 @@ def recipe(tmp_path: Path) -> Path:
         (("data.weights=[-1]",), "data.weights: must be above 0"),
         (("data.weights=[0]",), "data.weights: must be above 0"),
         (("trainer.eval_strategy=steps",), "trainer.eval_strategy: an evaluation needs data.val"),
+        (("prune.keep=0.4", "eval.keep=[0.2]"), "eval.keep: no evaluation runs"),
         # transformers' own options
         (("trainer.fp16=true", "trainer.bf16=true"), "trainer.fp16: a run has one precision"),
         (("trainer.fp16=true", "trainer.use_cpu=true"), "trainer.fp16: half precision needs a GPU"),
@@ -137,6 +142,33 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr("train.contradictions.find_spec", missing)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_recipe(recipe, overrides)
+
+
+def test_deepspeed_is_asked_for_where_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.contradictions.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^trainer.deepspeed: ZeRO needs deepspeed, .*\[train\]"):
+        prepare_deepspeed(on_cpu=True)
+
+
+def test_liger_leaves_the_loss_to_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"output_dir": str(tmp_path), "use_cpu": False, "use_liger_kernel": True}
+    with pytest.raises(
+        ValueError, match=r"^trainer.use_liger_kernel: liger-kernel is not installed"
+    ):
+        training_arguments(values, 0)
+    monkeypatch.setattr("train.arguments.find_spec", lambda name: name)
+    unfused = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert training_arguments(values, 0).liger_kernel_config == unfused
+    named = {**values, "liger_kernel_config": {"rope": False, "cross_entropy": True}}
+    wanted = {**unfused, "rope": False, "cross_entropy": True}
+    assert training_arguments(named, 0).liger_kernel_config == wanted
+    assert training_arguments({"output_dir": str(tmp_path)}, 0).liger_kernel_config is None
+
+
+def test_what_transformers_adds_for_liger_changes_no_loss() -> None:
+    model, inputs = tiny_llava().train(), batch()
+    with attach(model, PruneConfig(keep=0.5)):
+        assert torch.equal(model(**inputs).loss, model(**inputs, skip_logits=True).loss)
 
 
 @pytest.mark.parametrize(
