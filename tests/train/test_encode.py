@@ -152,3 +152,27 @@ def test_collator_pads_texts_and_joins_images(side: str) -> None:
 def test_a_batch_of_texts_has_no_pixels() -> None:
     rows = [encoder(MARKED)(TEXT, OPENER)] * 2
     assert set(Collator(0)(rows)) == {BAD, PLACES, "input_ids", "attention_mask", "labels"}
+
+
+def test_the_length_counts_what_enters_the_language_model() -> None:
+    whole = encoder(MARKED)(ONE, OPENER)
+    visual = int((whole["input_ids"] == encoder(MARKED).processor.image_token_id).sum())
+    text = len(whole["input_ids"]) - visual
+    entering = text + visual // 4
+    fits = Encoder(build_processor(MARKED), entering, visual_share=0.25)(ONE, OPENER)
+    assert torch.equal(fits["input_ids"], whole["input_ids"])
+    cut = Encoder(build_processor(MARKED), entering - 2, visual_share=0.25)(ONE, OPENER)
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:-2])
+    with pytest.raises(BadSample, match="no supervised token"):
+        Encoder(build_processor(MARKED), entering - 2)(ONE, OPENER)
+    with pytest.raises(BadSample, match=r"images need more than data.max_length = 4 tokens"):
+        Encoder(build_processor(MARKED), 4, visual_share=0.25)(ONE, OPENER)
+
+
+def test_the_models_positions_are_a_limit_of_their_own() -> None:
+    whole = encoder(MARKED)(ONE, OPENER)
+    length = len(whole["input_ids"])
+    cut = Encoder(build_processor(MARKED), 500, 0.25, positions=length - 1)(ONE, OPENER)
+    assert torch.equal(cut["labels"], whole["labels"][:-1])
+    with pytest.raises(BadSample, match="than the 10 positions of the model"):
+        Encoder(build_processor(MARKED), 500, 0.25, positions=10)(ONE, OPENER)

@@ -92,11 +92,10 @@ class Encoder:
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
-        offsets = inputs.pop("offset_mapping")[0].tolist()
+        offsets = inputs.pop("offset_mapping")[0]
         replaced = inputs.pop("text_replacement_offsets", None)  # a row's list, or nothing at all
         places = [] if replaced is None or len(replaced) == 0 else list(replaced[0])
-        spans = [_shift(span, places) for span in spans]
-        taught = torch.tensor([any(_overlap(o, span) for span in spans) for o in offsets])
+        taught = _inside(offsets, [_shift(span, places) for span in spans])
         ids = inputs["input_ids"]
         return self._finish({**inputs, "labels": torch.where(taught[None], ids, IGNORED)})
 
@@ -233,5 +232,7 @@ def _shift(span: Span, replaced: list[dict[str, Any]]) -> Span:
     return start, end
 
 
-def _overlap(token: Span, span: Span) -> bool:
-    return token[0] < span[1] and token[1] > span[0]
+def _inside(offsets: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+    """(T, 2) characters of tokens -> (T,) bool: which of them reach into a span."""
+    starts, ends = torch.tensor(spans, dtype=offsets.dtype).reshape(-1, 2).T
+    return ((offsets[:, :1] < ends) & (offsets[:, 1:] > starts)).any(1)
