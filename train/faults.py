@@ -55,9 +55,18 @@ def told(error: BaseException) -> tuple[str | None, int, bool]:
     return None, 1, False
 
 
-def lost_worker(error: BaseException) -> bool:
-    """Whether a process that reads data is gone."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+def lost_worker(error: BaseException, fetching: bool) -> bool:
+    """Whether a process that reads data is gone.
+
+    Args:
+        error: what was raised, by torch or, if a batch was on its way, by the connection to it.
+        fetching: whether a batch was waited for.
+    """
+    message = str(error)
+    if isinstance(error, RuntimeError) and message.startswith("DataLoader worker (pid"):
+        return True
+    broken = isinstance(error, ConnectionError | EOFError)
+    return fetching and broken and not message.startswith("Caught")  # by a worker that lives
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -36,6 +36,8 @@ from train.progress import Progress, shown
 from train.stopping import StopRequest
 from train.watchdog import Watchdog, watch_modules
 
+FETCHING = "waiting for data"
+
 
 class GuardedTrainer(Trainer):  # type: ignore[misc]
     """Trainer with the guards of this module.
@@ -55,10 +57,14 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
     # ------------------------------------------------------------------------- a step
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         self.progress.step = self.state.global_step + 1
-        self.progress.enter("waiting for data")
+        self.progress.enter(FETCHING)
         found = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         self.progress.enter("before the forward pass")
         return found
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        self.progress.enter("counting the answer tokens of all processes")
+        return super()._get_num_items_in_batch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -151,7 +157,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         kept = self._kept()
         if isinstance(error, KeyboardInterrupt):
             raise Fault(f"interrupted in {self.progress}; {kept}", INTERRUPTED, True) from error
-        if lost_worker(error):
+        if lost_worker(error, fetching=self.progress.doing == FETCHING):
             raise Fault(
                 f"a data worker died in {self.progress} ({first_line(error)}); it may have run out "
                 f"of memory (fewer data.workers need less) or met a broken file after "

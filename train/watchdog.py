@@ -66,7 +66,7 @@ class Peers:
             return "; rank 0 does not answer"
         others = [rank for rank in range(self._world) if rank != self.progress.rank]
         silent = [rank for rank in others if before[rank] == after[rank]]
-        state = "does not answer, it was in" if silent else "is in"
+        state = "does not answer, last heard of in" if silent else "is in"
         told = [f"rank {rank} {state} {after[rank].partition(' ')[2]}" for rank in silent or others]
         more = len(told) - MENTIONED
         return "; " + "; ".join(told[:MENTIONED]) + (f"; and {more} more" if more > 0 else "")
