@@ -24,8 +24,10 @@ PACKAGES = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-FOLDERS = {"wandb": ("WANDB_DIR", ""), "trackio": ("TRACKIO_DIR", "trackio")}
-"""Variable that says where a package writes -> folder in the output folder; wandb adds its own."""
+FOLDERS = {"wandb": ("WANDB_DIR", "_logs"), "trackio": ("TRACKIO_DIR", "_logs/trackio")}
+"""Variable that says where a package writes, and the folder in the output folder (wandb adds its
+own to it). A Trainer pushes nothing to the hub whose name begins with `_`: such logs describe the
+machine."""
 
 
 def prepare_reports(args: Any) -> None:
