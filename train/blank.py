@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from itprune.engine.blank import nothing
 from itprune.engine.request import PIXELS
 from itprune.families import find_family
+from itprune.methods.base import Method
 from train.model import base_of
 
 
@@ -22,9 +25,16 @@ class BlankImage:
     Args:
         model: the model that trains, PEFT-wrapped or not.
         training: also in training mode; else only in evaluation.
+        alike: under ZeRO-3 the method, since no rank may run a module that another does not.
+
+    Raises:
+        ValueError: it has trained parts for which there is no such guarantee.
     """
 
-    def __init__(self, model: Any, training: bool = True) -> None:
+    def __init__(self, model: Any, training: bool = True, alike: Method | None = None) -> None:
+        if alike is not None:
+            check_ranks(alike)
+        self.alike = alike
         self.base = base_of(model)
         self.family = find_family(self.base)
         self.training = training
@@ -33,11 +43,38 @@ class BlankImage:
         self.family.text_model.register_forward_pre_hook(self._add, with_kwargs=True)
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        wanted = self.training or not module.training
-        self.needed = wanted and all(kwargs.get(name) is None for name in PIXELS)
+        text = all(kwargs.get(name) is None for name in PIXELS)
+        if text and self.alike is not None and self.alike.look_ahead and not self.alike.idle:
+            raise ValueError(
+                "prune.method: it scores tokens by the layer ahead, so that images run modules which "
+                "text does not, and under ZeRO-3 ranks must run the same; use ZeRO-2 or FSDP2, or "
+                "leave text-only samples out"
+            )
+        self.needed = text and (self.training or not module.training)
 
     def _add(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self.needed:
             return None
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
+
+
+def check_ranks(method: nn.Module) -> None:
+    """Refuses under ZeRO-3 what no blank image helps against.
+
+    Raises:
+        ValueError: trained parts that work inside the LLM, where each batch decides for itself
+            which of them run.
+    """
+    for part in method.modules():
+        inside = isinstance(part, Method) and "layers" in part.places
+        if inside and not _parts(part) and next(part.parameters(), None) is not None:
+            raise ValueError(
+                "prune.method: its trained parts decide inside the language model which of them "
+                "run, and under ZeRO-3 all ranks must run the same; use ZeRO-2 or FSDP2"
+            )
+
+
+def _parts(method: nn.Module) -> list[nn.Module]:
+    """The methods a combined one is made of."""
+    return [part for part in method.modules() if isinstance(part, Method) and part is not method]

@@ -159,7 +159,7 @@ class Context:
         flat = self._flat(index, hidden.detach())
         if before is None:
             flat = flat[alive.token]
-        answer = self.method(self._layer_tokens(index - 1, alive, before is None, flat))
+        answer = self.method.after_layer(self._layer_tokens(index - 1, alive, before is None, flat))
         keep = answer.keep | self.sequence.at("protected", alive)
         if bool(keep.all()) and answer.merge is None:
             return before

@@ -74,8 +74,12 @@ class Family(ABC):
         return tuple(self.placeholders.values())
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """A decoder layer's rotary tables (B, L, d) for position ids (B, L)."""
-        return self.text_model.rotary_emb(hidden, position_ids)
+        """A decoder layer's rotary tables (B, L, d) for position ids (B, L).
+
+        Not called as a module: DeepSpeed compares which modules ran on each rank, and a batch of
+        text needs no tables but the host's own.
+        """
+        return self.text_model.rotary_emb.forward(hidden, position_ids)
 
     @property
     def causal(self) -> bool:

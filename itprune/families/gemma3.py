@@ -41,7 +41,7 @@ class Gemma3(SiglipFamily):
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         kind = self.text_model.config.layer_types[layer]
-        return self.text_model.rotary_emb(hidden, position_ids, kind)
+        return self.text_model.rotary_emb.forward(hidden, position_ids, kind)
 
     def geometry(self, kind: str, arguments: Mapping[str, Any]) -> Geometry:
         projector, config = self.model.model.multi_modal_projector, self.tower.config

@@ -157,7 +157,11 @@ class Method(nn.Module):
         return ()
 
     def after_layer(self, tokens: LayerTokens) -> Kept:
-        """What goes on to all later layers. Protected tokens stay anyway."""
+        """What goes on to all later layers. Protected tokens stay anyway.
+
+        Asked directly, not through `forward`: a batch of text does not come by here, and DeepSpeed
+        compares which modules ran on each rank. Weights used here stand in a module of their own.
+        """
         return keep_every(tokens)
 
     @property
@@ -175,7 +179,8 @@ class Method(nn.Module):
         return None
 
     def forward(self, seen: Images | LayerTokens) -> Kept:
-        """How the engine asks, so that wrappers which gather sharded weights are met."""
+        """How the engine asks before the LLM, so that wrappers which gather sharded weights are
+        met; a batch of text asks about a blank image."""
         return self.before_llm(seen) if isinstance(seen, Images) else self.after_layer(seen)
 
     # ------------------------------------------------------------------------ calibration

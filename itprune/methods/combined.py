@@ -105,7 +105,7 @@ class Combined(Method):
         return tuple(let_in[-1] * share for share in alive)
 
     def after_layer(self, tokens: LayerTokens) -> Kept:
-        return self.at("layers")(tokens)
+        return self.at("layers").after_layer(tokens)
 
     @property
     def windowed(self) -> bool:
