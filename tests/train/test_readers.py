@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,11 @@ from PIL import Image
 from itprune.question import IMAGE
 from tests.train.helpers import turn
 from train.data.dataset import read_records
-from train.data.images import MAX_PIXELS, ImageOpener
+from train.data.files import CHUNK
+from train.data.images import MAX_DATA, MAX_PIXELS, ImageOpener
 from train.data.llava import LlavaRecords, llava_sample
 from train.data.messages import JsonlRecords, record_sample
-from train.data.sample import BadSample, Sample, Turn
+from train.data.sample import BadSample, LostSource, Sample, Turn
 from train.sections import DataSection
 
 ASKED = [turn("human", "<image>\nWhat?"), turn("gpt", "A dog.")]
@@ -107,6 +111,61 @@ def test_a_broken_line_of_jsonl_is_one_bad_sample(tmp_path: Path) -> None:
     assert records.sample(2).images == ()
 
 
+def test_a_llava_file_larger_than_what_is_held_of_it(tmp_path: Path) -> None:
+    records = []
+    for i in range(12_000):
+        asked, said = "é\\" * (i % 299), f"ü{i} " + "\U0001f600" * (i % 77)
+        turns = [turn("human", asked), turn("gpt", said)]
+        records.append({"n": [1.5e3, None, "]},{"], "conversations": turns})
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + " \n")
+    assert path.stat().st_size > 2 * CHUNK
+    read = LlavaRecords(path)
+    assert len(read) == len(records)
+    for i in (0, 1, 4321, 11_999):
+        assert read.sample(i) == llava_sample(records[i])
+    text = path.read_text()
+    place = text.rindex('"n"')
+    path.write_text(text[:place] + '"n' + text[place + 3 :])
+    with pytest.raises(ValueError, match=rf":{text.count(chr(10), 0, place) + 1}: not valid JSON"):
+        LlavaRecords(path)
+    path.write_bytes(b'[{"id": "\xff"}]')
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        LlavaRecords(path)
+
+
+def test_lines_of_every_kind_are_counted_as_an_editor_does(tmp_path: Path) -> None:
+    good = json.dumps({"messages": [{"role": "user", "content": "é" * 99},
+                                    {"role": "assistant", "content": "b"}]})  # fmt: skip
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(f"\ufeff{good}\r\n \t\r\n\n{good}\n{{}}\n  {good}".encode() + b"\n\xff\n")
+    records = JsonlRecords(path)
+    places = [int(records.where(i).rpartition(":")[2]) for i in range(len(records))]
+    assert places == [1, 4, 5, 6, 7]
+    assert records.sample(0) == records.sample(1) == records.sample(3)
+    for index, reason in ((2, "neither"), (4, "not UTF-8 text")):
+        with pytest.raises(BadSample, match=reason):
+            records.sample(index)
+    (tmp_path / "e.jsonl").write_text("")
+    assert len(JsonlRecords(tmp_path / "e.jsonl")) == 0
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_workers_read_a_file_and_see_that_it_changed(tmp_path: Path, kind: str) -> None:
+    record = {"conversations": [turn("human", "a"), turn("gpt", "b" * 99)]}
+    path = tmp_path / f"d.{kind}"
+    path.write_text(json.dumps([record] * 3) if kind == "json" else f"{json.dumps(record)}\n" * 3)
+    records = read_records(str(path), DataSection(train=("x",)))
+    far = pickle.loads(pickle.dumps(records))  # as a worker that is spawned gets it
+    assert far.sample(2) == records.sample(2) == llava_sample(record)
+    assert far.where(2) == records.where(2)
+    with path.open("a") as file:
+        file.write("\n")
+    for opened in (records, far, pickle.loads(pickle.dumps(records))):
+        with pytest.raises(LostSource, match=rf"d.{kind}: has changed since this run opened it"):
+            opened.sample(0)
+
+
 def test_datasets_folders_and_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {
@@ -168,3 +227,40 @@ def test_unreadable_and_enormous_images_are_refused(tmp_path: Path) -> None:
         opener("cut.png")
     assert opener(whole.read_bytes()).size == (64, 64)
     assert opener({"bytes": None, "path": "whole.png"}).size == (64, 64)
+
+
+def test_an_address_that_carries_its_data_is_read(tmp_path: Path) -> None:
+    opener = ImageOpener(tmp_path, strict=True)
+    data = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(data, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    assert opener(address).size == (5, 4)
+    for broken, reason in [
+        ("data:image/png;base64", "is no data:image"),
+        ("data:image/png,abc", "is no data:image"),
+        ("data:image/png;base64,a*b=", "is not valid base64"),
+        (address[:60], "unreadable image|not valid base64"),
+        ("data:image/png;base64," + "A" * (MAX_DATA + 4), "more than"),
+    ]:
+        with pytest.raises(BadSample, match=reason):
+            opener(broken)
+
+
+def test_an_image_column_stays_undecoded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = io.BytesIO()
+    Image.new("RGB", (7, 6)).save(data, "PNG")
+    asked = [{"role": "user", "content": "<image> a"}, {"role": "assistant", "content": "b"}]
+    rows = {"messages": [asked], "images": [[{"bytes": data.getvalue(), "path": None}]]}
+    features = datasets.Features(
+        {
+            "messages": datasets.List({"role": datasets.Value("string"),
+                                       "content": datasets.Value("string")}),
+            "images": datasets.List(datasets.Image()),
+        }
+    )  # fmt: skip
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    records = read_records(str(tmp_path / "t.parquet"), DataSection(train=("x",)))
+    (image,) = records.sample(0).images
+    assert isinstance(image["bytes"], bytes)
+    assert ImageOpener(tmp_path, strict=True)(image).size == (7, 6)

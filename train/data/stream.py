@@ -8,6 +8,7 @@ far the workers have read ahead. It belongs to this number of processes and work
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -157,6 +158,8 @@ class _Batches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         feed = self.feed
         info = get_worker_info()
+        if info is not None:
+            gc.freeze()  # what was there before the fork stays shared: a collection would touch it
         # Workers are asked in turn from the first on; the reader due next must be the first.
         reader = (feed.next + (info.id if info is not None else 0)) % feed.readers
         for samples in feed.group(feed.lane(reader).samples()):
