@@ -103,9 +103,11 @@ def run(
     routing = recipe.mode == "router"
     if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled() or fsdp:
         # In training on several ranks the pruner does the same by itself.
-        alike = attached is not None and is_deepspeed_zero3_enabled() and not routing
         alone = recipe.prune is None or args.world_size == 1
-        BlankImage(model, training=alone, alike=attached.method if alike else None)
+        alike = None
+        if attached is not None and is_deepspeed_zero3_enabled() and not routing:
+            alike = attached.method
+        BlankImage(model, training=alone, alike=alike)
     visual_ids = find_family(base_of(model)).visual_token_ids
     pruning = None if routing else attached
     encoder.visual_share = entering_share(pruning)
