@@ -46,7 +46,7 @@ class BlankImage:
         text = all(kwargs.get(name) is None for name in PIXELS)
         if text and self.alike is not None and self.alike.look_ahead and not self.alike.idle:
             raise ValueError(
-                "prune.method: it scores tokens by the layer ahead, so that images run modules which "
+                "prune.method: it scores tokens by the layer ahead, so images run modules that "
                 "text does not, and under ZeRO-3 ranks must run the same; use ZeRO-2 or FSDP2, or "
                 "leave text-only samples out"
             )

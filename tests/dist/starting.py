@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LIMIT = 420
+LIMIT = 900
 """Seconds of a whole start; every job has its own, shorter limit."""
 
 
