@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune.families import find_family
 from train.arguments import check_reentry, on_cpu, training_arguments
-from train.blank import BlankImage
+from train.blank import blank_images
 from train.budgets import Evaluation
 from train.config import Recipe
 from train.data.collate import Collator
@@ -29,7 +29,6 @@ from train.model import (
     load_model,
     load_processor,
     parts_of,
-    trains_images,
 )
 from train.optim import check_rates
 from train.pruning import (
@@ -101,13 +100,8 @@ def run(
     check_trains(model)
     check_rates(model, recipe.model.learning_rates)
     routing = recipe.mode == "router"
-    if (trains_images(model) and not routing) or is_deepspeed_zero3_enabled() or fsdp:
-        # In training on several ranks the pruner does the same by itself.
-        alone = recipe.prune is None or args.world_size == 1
-        alike = None
-        if attached is not None and is_deepspeed_zero3_enabled() and not routing:
-            alike = attached.method
-        BlankImage(model, training=alone, alike=alike)
+    processes = args.world_size
+    blank_images(model, attached, fsdp=fsdp, routing=routing, processes=processes)
     visual_ids = find_family(base_of(model)).visual_token_ids
     pruning = None if routing else attached
     encoder.visual_share = entering_share(pruning)
