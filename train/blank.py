@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune.engine.blank import nothing
 from itprune.engine.request import PIXELS
 from itprune.families import find_family
 from itprune.methods.base import Method
-from train.model import base_of
+from train.model import base_of, trains_images
 
 
 class BlankImage:
@@ -57,6 +58,29 @@ class BlankImage:
             return None
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
+
+
+def blank_images(
+    model: Any, attached: Any | None, *, fsdp: bool, routing: bool, processes: int
+) -> None:
+    """Puts the hooks where a run needs them.
+
+    In training on several ranks the pruner does the same by itself.
+
+    Args:
+        model: the model that trains.
+        attached: its pruner, if there is one.
+        fsdp: whether FSDP2 shards it.
+        routing: whether exit routers are all that trains.
+        processes: of the run.
+
+    Raises:
+        ValueError: a method that batches of text cannot be reconciled with.
+    """
+    zero3 = is_deepspeed_zero3_enabled()
+    if (trains_images(model) and not routing) or zero3 or fsdp:
+        alike = attached.method if zero3 and attached is not None and not routing else None
+        BlankImage(model, training=attached is None or processes == 1, alike=alike)
 
 
 def check_ranks(method: nn.Module) -> None:

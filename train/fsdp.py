@@ -8,6 +8,7 @@ run that asked for FSDP2 and is not sharded ends with a sentence.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from itprune.families import find_family
+from train.arguments import find_file
 from train.launcher import Launch
 from train.model import base_of
 
@@ -28,7 +30,8 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
     serves all launchers.
 
     Raises:
-        ValueError: the first version of FSDP, FSDP beside DeepSpeed or named twice, or mode router.
+        ValueError: the first version of FSDP, FSDP beside DeepSpeed or named twice, mode router, or
+            a file that is not there.
     """
     named = bool(trainer.get("fsdp"))
     if launch.accelerate_fsdp is None and not named:
@@ -37,9 +40,10 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
         raise ValueError(
             "trainer.fsdp: accelerate's file already configures FSDP; name it in one place only"
         )
-    version = launch.accelerate_fsdp or str(
-        (trainer.get("fsdp_config") or {}).get("version", VERSION)
-    )
+    config = trainer.get("fsdp_config") or {}
+    if isinstance(config, str):
+        config = _read(config)
+    version = launch.accelerate_fsdp or str(config.get("version", VERSION))
     if version != VERSION:
         raise ValueError(
             f"FSDP version {version} cannot hold frozen and trained weights in one shard; set "
@@ -54,7 +58,18 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
             "model.mode: router trains beside the model's own forward, where FSDP adds up no "
             "gradients; use launch/accelerate/multi_gpu.yaml or DeepSpeed"
         )
-    return {}
+    return {"fsdp_config": config} if named else {}
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = find_file(name)
+    if path is None:
+        raise ValueError(f"trainer.fsdp_config: no such file: {name}")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"trainer.fsdp_config: {path} is not JSON ({error})") from None
+    return config
 
 
 def sharded_layers(model: Any) -> tuple[str, ...]:

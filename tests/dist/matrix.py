@@ -49,7 +49,7 @@ LAUNCHERS = {
     "ddp": Launcher("accelerate, DDP", "ddp", "on cpu"),
     "fsdp2": Launcher("accelerate, FSDP2", "fsdp2", "FSDP2", alone=("lora", "full")),
     "zero1": Launcher("ZeRO-1", "deepspeed", "ZeRO-1", zero("zero1")),
-    "zero2": Launcher("ZeRO-2", "deepspeed", "ZeRO-2", zero("zero2"), alone=("lora", "full")),
+    "zero2": Launcher("ZeRO-2", "deepspeed", "ZeRO-2", alone=("lora", "full")),
     "zero3": Launcher("ZeRO-3", "deepspeed", "ZeRO-3", zero("zero3"), alone=("lora", "full")),
     "zero2_offload": Launcher(
         "ZeRO-2, offload", "deepspeed", "ZeRO-2", zero("zero2_offload"), ("lora", "full")
