@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,11 +122,14 @@ def test_wandb_and_tensorboard_have_every_number_in_the_output_folder(pushed: An
         assert [point.value for point in scalars.Scalars(f"train/{name}")] == expected
 
 
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio conflicts with pinned pillow")
 def test_trackio_writes_into_the_output_folder(
     tiny_llava_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """trackio 0.43 needs another pillow than constraints.txt names, so the suite has it not."""
-    pytest.importorskip("trackio", reason="trackio conflicts with the pinned pillow")
+    """trackio 0.43 needs another pillow than constraints.txt names, so the suite has it not.
+
+    It reads its variable when it is imported, which a run does late.
+    """
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
     data = write_data(tmp_path / "data", count=4)
     values = recipe_values(tiny_llava_folder, data, tmp_path / "out", max_steps=1)
