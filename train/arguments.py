@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ RENAMED |= {f"{old}_kwargs": f"{new}_kwargs" for old, new in RENAMED.items()}
 UNFUSED = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Liger's rope, norms and feed-forward blocks, but the host's loss: its own replaces the whole
 model's forward, and with it the head that runs on supervised positions alone."""
+EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+$", re.IGNORECASE)
+"""A number that YAML 1.1 leaves as text."""
 
 
 @functools.cache
@@ -68,6 +71,8 @@ def _convert(where: str, value: Any, kind: Any) -> Any:
         return None
     if isinstance(value, str) and str not in members:
         value = _number(value)
+    if isinstance(value, dict):
+        value = {k: _number(v) if EXPONENT.match(str(v)) else v for k, v in value.items()}
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and float in members:
         return value
@@ -92,8 +97,8 @@ def _members(kind: Any) -> set[type]:
     return {plain}
 
 
-def _number(text: str) -> float | str:
-    """YAML 1.1 leaves numbers such as 1e-4 as text."""
+def _number(text: Any) -> Any:
+    """YAML 1.1 leaves numbers such as 1e-4 as text; other text stays."""
     try:
         return float(text)
     except ValueError:

@@ -25,7 +25,7 @@ BITS = ("bnb", "8bit", "paged")
 
 def check(recipe: Recipe) -> None:
     """Raises ValueError for the first contradiction."""
-    rules = (adapters, quantised, frozen, rates, router, streaming, evaluation, budgets, trainer)
+    rules = (adapters, quantised, frozen, rates, router, batches, evaluation, budgets, trainer)
     for rule in rules:
         rule(recipe)
 
@@ -118,6 +118,11 @@ def router(recipe: Recipe) -> None:
     options = recipe.prune.options
     if options.get("exit_layer", options.get(ROUTED, {}).get("exit_layer")) is not None:
         raise ValueError("prune.exit_layer: a fixed exit has no routers to train; remove it")
+    if len(set(recipe.prune.budgets)) > 1:
+        raise ValueError(
+            "prune.keep: mode router forces exits, whatever the budget; give one number, which is "
+            "met by calibration after training, or null"
+        )
     if "pruner" in recipe.model.freeze:
         raise ValueError("model.freeze: mode router trains the pruner, it cannot be frozen")
     for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -128,8 +133,25 @@ def router(recipe: Recipe) -> None:
             )
 
 
-def streaming(recipe: Recipe) -> None:
-    """A stream has no length."""
+def batches(recipe: Recipe) -> None:
+    """Who says how large a batch is and in what order samples come; a stream has no length."""
+    options, planned = recipe.trainer, recipe.data.max_tokens_per_batch is not None
+    order = options.get("train_sampling_strategy", "random")
+    if order in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"trainer.train_sampling_strategy: {order} would decode every sample before the first "
+            "step; set data.max_tokens_per_batch, which groups by estimated lengths"
+        )
+    if order != "random" and (planned or recipe.data.streaming):
+        raise ValueError(
+            f"trainer.train_sampling_strategy: {order} has no effect beside data.streaming or "
+            "data.max_tokens_per_batch, which have an order of their own; remove it"
+        )
+    if options.get("auto_find_batch_size") and planned:
+        raise ValueError(
+            "trainer.auto_find_batch_size: data.max_tokens_per_batch says how large a batch is; "
+            "remove one of them"
+        )
     if recipe.data.streaming and recipe.trainer.get("max_steps", -1) <= 0:
         raise ValueError(
             "data.streaming: a stream has no epochs that could end the run; set trainer.max_steps"

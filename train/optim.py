@@ -44,14 +44,21 @@ class RatesTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self._in_force)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if named_rates(self.rates) and self.optimizer is None:
-            args, model = self.args, self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(args, model)
-            check_optimizer(kind, options, OptimizerNames(args.optim).value)
-            decaying = self.get_decay_parameter_names(model)
-            groups = part_groups(model, decaying, args.weight_decay, args.learning_rate, self.rates)
-            self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
-        return super().create_optimizer(model)
+        try:
+            if named_rates(self.rates) and self.optimizer is None:
+                self._group(self.model if model is None else model)
+            return super().create_optimizer(model)
+        except ImportError as error:
+            raise ValueError(f"trainer.optim: {' '.join(str(error).split())}") from None
+
+    def _group(self, model: Any) -> None:
+        """Hands transformers the optimizer of its choice with the groups of ours."""
+        args = self.args
+        kind, options = self.get_optimizer_cls_and_kwargs(args, model)
+        check_optimizer(kind, options, OptimizerNames(args.optim).value)
+        decaying = self.get_decay_parameter_names(model)
+        groups = part_groups(model, decaying, args.weight_decay, args.learning_rate, self.rates)
+        self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "learning_rate" in logs:

@@ -71,7 +71,20 @@ def recipe(tmp_path: Path) -> Path:
         ((*ROUTER, "prune.exit_layer=3"), "prune.exit_layer: a fixed exit has no routers"),
         ((*ROUTER, "trainer.gradient_checkpointing=true"), "trainer.gradient_checkpointing: mode"),
         ((*ROUTER, "trainer.activation_checkpointing=true"), "trainer.activation_checkpointing: "),
+        ((*ROUTER, "prune.keep=[0.4, 1.0]"), "prune.keep: mode router forces exits"),
         # data
+        (
+            ("data.max_tokens_per_batch=9", "trainer.auto_find_batch_size=true"),
+            "trainer.auto_find_batch_size: data.max_tokens_per_batch says",
+        ),
+        (
+            ("trainer.train_sampling_strategy=group_by_length",),
+            "trainer.train_sampling_strategy: group_by_length would decode every sample",
+        ),
+        (
+            ("data.max_tokens_per_batch=9", "trainer.train_sampling_strategy=sequential"),
+            "trainer.train_sampling_strategy: sequential has no effect beside",
+        ),
         (("data.streaming=true",), "data.streaming: a stream has no epochs"),
         (("data.weights=[1, 2]",), "data.weights: must be one for each entry of data.train"),
         (("data.weights=[-1]",), "data.weights: must be above 0"),

@@ -137,6 +137,20 @@ def test_small_and_paged_optimizers_resume_to_the_same_curve(train: Any, name: s
     )
 
 
+def test_an_optimizer_that_is_not_installed_is_one_sentence(train: Any) -> None:
+    for rates in ((), ("model.learning_rates.language=1e-4",)):
+        with pytest.raises(ValueError, match=r"^trainer.optim: .*pip install lomo-optim"):
+            train("trainer.optim=lomo", *rates)
+
+
+def test_a_schedule_with_a_floor_moves_all_groups_alike(train: Any) -> None:
+    floor = ("trainer.lr_scheduler_type=cosine_with_min_lr", "model.learning_rates.projector=1e-2")
+    steps = history(train(*floor, "trainer.lr_scheduler_kwargs={min_lr: 1e-4}"))
+    for step in steps:
+        assert step["learning_rate/projector"] == pytest.approx(10 * step["learning_rate"])
+    assert steps[-1]["learning_rate"] < steps[0]["learning_rate"] == pytest.approx(1e-3)
+
+
 def test_optimizers_that_group_by_themselves_are_refused() -> None:
     check_optimizer(torch.optim.AdamW, {"lr", "betas"}, "adamw_torch")
     for kind, options in ((torch.optim.AdamW, {"params"}), (object, {"lr"})):
