@@ -67,6 +67,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         return super()._get_num_items_in_batch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.stop.interrupted:
+            raise KeyboardInterrupt
         loss: Tensor = super().training_step(*args, **kwargs)
         self.health.add(loss)
         return loss
