@@ -1,87 +1,35 @@
-"""launch/train.py under the real launchers: one loss curve, whoever starts it."""
+"""launch/train.py and who starts it; what it trains under each launcher is in tests/dist."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
+from tests.dist.starting import environment
+from tests.train.helpers import losses, recipe_values, write_data, write_recipe
 from train.launcher import Launch, check_world, deepspeed_config, read_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "launch/train.py"
-TOLERANCE = 1e-4
 PRUNED = ("prune.keep=0.4",)
-Start = Callable[..., Path]
 
 
-def launcher(kind: str) -> list[str]:
-    """The command of a launcher, without its script; processes follow the name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    binaries = Path(sys.executable).parent
-    deepspeed = [sys.executable, str(binaries / "deepspeed"), "--master_port", port]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    return {
-        "python": [sys.executable],
-        "deepspeed": deepspeed,
-        "deepspeed 2": [*deepspeed, "--num_gpus", "2"],
-        "accelerate 2": [*accelerate, "--config_file", "launch/accelerate/cpu2.yaml"],
-        "accelerate --cpu": [*accelerate, "--cpu", "--num_processes", "2"],
-    }[kind]
-
-
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-
-
-def call(kind: str, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher(kind), *words],
+        [sys.executable, *words],
         cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
-
-
-@pytest.fixture(scope="module")
-def start(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Runs the small recipe under a launcher and returns its output folder."""
-    folder = tmp_path_factory.mktemp("launch")
-    data = write_data(folder / "data", text_every=2)  # often one rank has no image at all
-
-    def run(kind: str, name: str, *overrides: str) -> Path:
-        values = recipe_values(tiny_llava_folder, data, folder / name, max_steps=6)
-        recipe = write_recipe(folder / f"{name}.yaml", values)
-        batch = 2 if kind.endswith("2") else 4
-        size = f"trainer.per_device_train_batch_size={batch}"
-        done = call(kind, SCRIPT, str(recipe), size, *overrides)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (folder / name / "stdout.txt").write_text(done.stdout)
-        return folder / name
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def reference(start: Start) -> list[float]:
-    """The pruned curve of one plain process."""
-    return losses(start("python", "reference", *PRUNED))
 
 
 # ------------------------------------------------------------------------------ without launchers
@@ -123,6 +71,10 @@ def test_the_launchers_are_told_apart() -> None:
     assert read_launch(None, {**two, "CROSS_SIZE": "1"}).by_deepspeed
     assert not read_launch(None, two).by_deepspeed
     assert read_launch(None, {**two, "ACCELERATE_USE_DEEPSPEED": "true"}).accelerate_deepspeed
+    fsdp = {**two, "ACCELERATE_USE_FSDP": "true"}
+    assert read_launch(None, two).accelerate_fsdp is None
+    assert read_launch(None, fsdp).accelerate_fsdp == "1"
+    assert read_launch(None, {**fsdp, "FSDP_VERSION": "2"}).accelerate_fsdp == "2"
     with pytest.raises(ValueError, match="asked for several processes but started only one"):
         read_launch(None, {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"})
 
@@ -158,53 +110,14 @@ in_one_group = pytest.mark.xdist_group("launchers")
 @in_one_group
 def test_the_script_finds_its_package_from_anywhere(tmp_path: Path) -> None:
     config = str(ROOT / "configs/quickstart.yaml")
-    done = call("python", str(ROOT / SCRIPT), config, "--check", cwd=tmp_path)
+    done = call(str(ROOT / SCRIPT), config, "--check", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @in_one_group
-@pytest.mark.parametrize("kind", ["deepspeed", "accelerate 2"])
-def test_every_launcher_gives_the_same_curve(
-    start: Start, reference: list[float], kind: str
-) -> None:
-    output = start(kind, kind.replace(" ", "_"), *PRUNED)
-    assert losses(output) == pytest.approx(reference, abs=TOLERANCE)
-    said = (output / "stdout.txt").read_text()
-    assert f"{2 if kind.endswith('2') else 1} process(es)" in said
-    assert ("DeepSpeed ZeRO-2" in said) == (kind == "deepspeed")
-    assert history(output)[0]["tokens_in"] == history(output.with_name("reference"))[0]["tokens_in"]
-
-
-@pytest.mark.slow
-@in_one_group
-def test_zero2_on_two_processes_and_resumed(start: Start, reference: list[float]) -> None:
-    options = (*PRUNED, "trainer.save_strategy=steps", "trainer.save_steps=3")
-    output = start("deepspeed 2", "zero2", *options)
-    assert losses(output) == pytest.approx(reference, abs=TOLERANCE)
-    assert "2 process(es) on cpu, DeepSpeed ZeRO-2" in (output / "stdout.txt").read_text()
-    (output / "checkpoint-6").rename(output / "gone")
-    output = start("deepspeed 2", "zero2", *options, "--resume")
-    assert "going on from" in (output / "stdout.txt").read_text()
-    assert losses(output) == pytest.approx(reference, abs=TOLERANCE)
-
-
-@pytest.mark.slow
-@in_one_group
-def test_zero3_trains_everything_to_the_same_curve(start: Start) -> None:
-    full = ("model.mode=full", "lora=null", *PRUNED)
-    alone = start("python", "full", *full)
-    zero3 = "trainer.deepspeed=launch/deepspeed/zero3.json"
-    output = start("deepspeed 2", "full_zero3", *full, zero3)
-    assert losses(output) == pytest.approx(losses(alone), abs=TOLERANCE)
-    assert "DeepSpeed ZeRO-3" in (output / "stdout.txt").read_text()
-    assert (output / "model.safetensors").stat().st_size > 500_000
-
-
-@pytest.mark.slow
-@in_one_group
 def test_a_killed_run_goes_on_to_the_identical_curve(
-    start: Start, tiny_llava_folder: Path, tmp_path: Path
+    tiny_llava_folder: Path, tmp_path: Path
 ) -> None:
     save = {"save_strategy": "steps", "save_steps": 5, "max_steps": 60}
     data = write_data(tmp_path / "data")
@@ -216,9 +129,9 @@ def test_a_killed_run_goes_on_to_the_identical_curve(
         for name in ("whole", "killed")
     )
     options = ("lora.dropout=0.1", "data.workers=1", *PRUNED)
-    assert call("python", SCRIPT, str(whole), *options).returncode == 0
+    assert call(SCRIPT, str(whole), *options).returncode == 0
     process = subprocess.Popen(
-        [*launcher("python"), SCRIPT, str(killed), *options],
+        [sys.executable, SCRIPT, str(killed), *options],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -230,7 +143,7 @@ def test_a_killed_run_goes_on_to_the_identical_curve(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed/checkpoint-60").exists()
-    done = call("python", SCRIPT, str(killed), *options)
+    done = call(SCRIPT, str(killed), *options)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -239,7 +152,8 @@ def test_a_killed_run_goes_on_to_the_identical_curve(
 @pytest.mark.slow
 @in_one_group
 def test_a_launcher_that_starts_one_process_instead_of_two_is_refused() -> None:
-    done = call("accelerate --cpu", SCRIPT, "configs/quickstart.yaml")
+    accelerate = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    done = call(*accelerate, SCRIPT, "configs/quickstart.yaml")
     assert done.returncode != 0
     assert "error: accelerate was asked for several processes" in done.stderr
     assert "Traceback" not in done.stderr.split("error: accelerate was")[0]
