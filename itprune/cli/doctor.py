@@ -1,7 +1,11 @@
-"""`itprune doctor`: what pruning would meet in a model's folder, before anything is run.
+"""`itprune doctor`: what pruning would meet in a model's folder, or what a recipe would do here,
+before anything is run.
 
-Tells family, encoder and score, what a picture of a given size becomes, where the stages act, which
-methods run on the model and what is missing on this machine. Reads no weights.
+Of a model (--model): family, encoder and score, what a picture of a given size becomes, where the
+stages act, which methods run on it and what is missing on this machine. Of a recipe (CONFIG):
+whether it would start, what a sample of its data holds, what would be learnt and kept of it, steps,
+memory of a process and room on the disk; the exit status is 1 where the run would not start. Reads
+no weights.
 """
 
 from __future__ import annotations
@@ -9,24 +13,32 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from itprune.cli.child import run_child
 from itprune.cli.loading import check_choices, check_folder, first_line
+from itprune.cli.train import add_recipe
+from itprune.project import find_project
 
 if TYPE_CHECKING:
     from itprune.doctor import Diagnosis, Picture, Pruning
 
 WIDTH = 100
 SIZE = (448, 448)
+SAMPLES = 64
+HINTS = {"--method": "; write prune.method=…", "--keep": "; write prune.keep=…"}
 MOST = 16_384
 """Pixels of a side: no picture is made larger to be counted."""
 EXAMPLES = """\
 examples:
   itprune doctor --model Qwen2.5-VL-7B-Instruct --image-size 1280x720
   itprune doctor --model outputs/run --method fastv --keep 0.5 --json
+  itprune doctor configs/lora_pruned.yaml
+  itprune doctor configs/lora_pruned.yaml prune.keep=0.33 --nproc 8 --samples 200
 """
 
 
@@ -34,19 +46,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command."""
     parser = subparsers.add_parser(
         "doctor",
-        help="tell what pruning would meet in a model's folder",
+        help="tell what a recipe would do here, or what pruning would meet in a model",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_recipe(parser, nargs="?")
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="a checkpoint, or an ordinary model folder"
+        "--nproc", type=int, metavar="N", help="of a recipe: processes; default: one a GPU"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="of a recipe: that are encoded; default 64"
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a checkpoint, or an ordinary model folder"
     )
     parser.add_argument(
         "--image-size",
         metavar="WxH",
-        default=f"{SIZE[0]}x{SIZE[1]}",
-        help="pixels of the picture that is counted; default %(default)s",
+        help=f"pixels of the picture that is counted; default {SIZE[0]}x{SIZE[1]}",
     )
     parser.add_argument(
         "--method", metavar="NAME", help="default: the checkpoint's, or itprune; several: a+b"
@@ -62,9 +80,37 @@ def run(args: argparse.Namespace) -> int:
     """Prints the findings.
 
     Raises:
-        ValueError: no such model, method or picture.
+        ValueError: no such model, method or picture, or options that do not go together.
     """
-    size = _size(args.image_size)
+    if (args.config is None) == (args.model is None):
+        raise ValueError("give either a recipe or --model FOLDER")
+    of_model = {"--image-size": args.image_size, "--method": args.method, "--keep": args.keep}
+    of_recipe = {"--nproc": args.nproc, "--samples": args.samples}
+    whole, other = ("--model", of_recipe) if args.model is not None else ("a recipe", of_model)
+    for name, value in other.items():
+        if value is not None:
+            raise ValueError(f"{name}: does not go with {whole}{HINTS.get(name, '')}")
+    if args.model is not None and args.overrides:
+        raise ValueError(f"{args.overrides[0]}: overrides belong to a recipe, not to --model")
+    return _of_recipe(args) if args.model is None else _of_model(args)
+
+
+def _of_recipe(args: argparse.Namespace) -> int:
+    """Training is no part of the library, so its own entry point looks."""
+    if not Path(args.config).is_file():
+        raise ValueError(f"{args.config}: no such recipe")
+    for name, value in (("--nproc", args.nproc), ("--samples", args.samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    script = str(find_project().script("doctor.py"))
+    words = [args.config, *args.overrides, "--samples", str(args.samples or SAMPLES)]
+    words += ["--nproc", str(args.nproc)] if args.nproc is not None else []
+    words += [f"--{name}" for name in ("json", "traceback") if vars(args)[name]]
+    return run_child([sys.executable, script, *words])
+
+
+def _of_model(args: argparse.Namespace) -> int:
+    size = SIZE if args.image_size is None else _size(args.image_size)
     check_choices(args.method, args.keep)
     check_folder(Path(args.model))
     from transformers.utils import logging
