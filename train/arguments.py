@@ -61,7 +61,8 @@ def check_trainer(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"trainer.{name}: unknown option {name!r}; {hint}")
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML 1.1 reads an unquoted `no` as false
-        checked[name] = _convert(f"trainer.{name}", value, known[name])
+        kind = known[name] | bool if name == "fsdp" else known[name]  # declared as text still
+        checked[name] = _convert(f"trainer.{name}", value, kind)
     return checked
 
 

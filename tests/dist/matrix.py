@@ -48,6 +48,13 @@ LAUNCHERS = {
     "python": Launcher("`python`", "python", "1 process", modes=(), alone=tuple(MODES)),
     "ddp": Launcher("accelerate, DDP", "ddp", "on cpu"),
     "fsdp2": Launcher("accelerate, FSDP2", "fsdp2", "FSDP2", alone=("lora", "full")),
+    "fsdp2_sharded": Launcher(
+        "FSDP2, sharded checkpoints",
+        "ddp",
+        "FSDP2",
+        ("trainer.fsdp=true", "trainer.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"),
+        ("lora", "full"),
+    ),
     "zero1": Launcher("ZeRO-1", "deepspeed", "ZeRO-1", zero("zero1")),
     "zero2": Launcher("ZeRO-2", "deepspeed", "ZeRO-2", alone=("lora", "full")),
     "zero3": Launcher("ZeRO-3", "deepspeed", "ZeRO-3", zero("zero3"), alone=("lora", "full")),
