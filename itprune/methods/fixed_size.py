@@ -58,7 +58,12 @@ class FixedSize(Method):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        stored = self.stored_size(state_dict, prefix)
+        held = {  # ZeRO-3 hands over empty tensors, and fills the weights by itself
+            name: value
+            for name, value in state_dict.items()
+            if isinstance(value, Tensor) and value.numel()
+        }
+        stored = self.stored_size(held, prefix)
         if stored is not None and stored != self.size:
             if self._settled and self.keep != 1.0:
                 raise ValueError(

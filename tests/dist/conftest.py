@@ -29,10 +29,31 @@ BYTES = tuple(
     )
     for keep in (1.0, 0.2)
 )
+TAUGHT = (
+    "distill={every: 2, weight: 300}", "eval.keep=[0.25, 1.0]", "trainer.max_steps=4",
+    "trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.per_device_eval_batch_size=2",
+)  # fmt: skip
+DRAWN = {
+    "plain": ("prune={method: itprune, keep: [0.25, 0.4, 1.0]}",),
+    "parts": ("prune={method: quecc, keep: [0.25, 0.25, 1.0]}",),
+}
+"""Budgets drawn anew each step, 1.0 in the second, without and with trained parts."""
+
+
+def drawn(launcher: str, method: str, *overrides: str) -> Job:
+    side = 4 if launcher == "python" else SIDE
+    size = f"trainer.per_device_train_batch_size={side}"
+    return Job(f"drawn-{method}-{launcher}", (*DRAWN[method], *TAUGHT, size, *overrides))
+
+
 MORE = {
-    "ddp 2": [job for job in BYTES if "ddp" in job.name],
-    "fsdp2 2": [job for job in BYTES if "fsdp2" in job.name],
-    "deepspeed 2": [job for job in BYTES if "zero3" in job.name],
+    "python": [drawn("python", method) for method in DRAWN],
+    "ddp 2": [drawn("ddp", "parts"), *(job for job in BYTES if "ddp" in job.name)],
+    "fsdp2 2": [drawn("fsdp2", "parts"), *(job for job in BYTES if "fsdp2" in job.name)],
+    "deepspeed 2": [
+        drawn("zero3", "plain", "trainer.deepspeed=launch/deepspeed/zero3.json"),
+        *(job for job in BYTES if "zero3" in job.name),
+    ],
 }
 
 
@@ -55,10 +76,13 @@ def recipe(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         data,
         folder / "out",
         per_device_train_batch_size=SIDE,
+        per_device_eval_batch_size=SIDE,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         ddp_timeout=40,
     )
+    values["data"]["val"] = str(data)
+    values["data"]["val"] = str(write_data(folder / "val", 7, seed=5))
     return write_recipe(folder / "recipe.yaml", values)
 
 

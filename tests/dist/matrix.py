@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from tests.dist.starting import Job
 
 STEPS = 4
+EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=4")
 SAVED = ("trainer.save_strategy=steps", "trainer.save_steps=2")
 MODES = {
     "projector": ("model.mode=projector", "lora=null", "prune={method: dyvte, exit_layer: 2}"),
     "lora": ("prune={method: quecc, keep: 0.25}",),
     "qlora": ("model.mode=qlora", "prune={method: yopo, keep: 0.5, heads: null}"),
-    "full": ("model.mode=full", "lora=null", "prune={method: itprune, keep: [0.3, 1.0, 0.5]}"),
+    "full": (
+        "model.mode=full",
+        "lora=null",
+        "prune={method: itprune, keep: [0.3, 1.0, 0.5]}",
+        *EVALUATED,
+    ),
     "router": ("model.mode=router", "lora=null", "prune={method: dyvte, keep: null, hidden: 8}"),
 }
 """Mode -> its overrides."""

@@ -6,6 +6,7 @@ In all of them one rank has only text while the other has only images, in turn.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return found | dict(checkpoint.load_pretrained(folder).model.state_dict())
 
 
+def evaluations(output: Path) -> list[float]:
+    state = json.loads((output / "trainer_state.json").read_text())
+    return [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [c for c in CELLS if not c.refused], ids=lambda c: c.name)
 def test_cell(cell: Cell, runs: Runs) -> None:
@@ -46,6 +52,7 @@ def test_cell(cell: Cell, runs: Runs) -> None:
     assert f"{cell.processes} process(es) on cpu" in told
     alone = runs("python")[f"{cell.mode}-python-1"]
     assert losses(done.output) == pytest.approx(losses(alone.output), abs=TOLERANCE)
+    assert evaluations(done.output) == pytest.approx(evaluations(alone.output), abs=TOLERANCE)
     ours, expected = weights(done.output), weights(alone.output)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
