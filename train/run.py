@@ -166,12 +166,11 @@ def run(
 
 def describe(recipe: Recipe, trainer: PruneTrainer, checkpoint: Path | None) -> str:
     """One line on what is about to run."""
-    parameters = list(trainer.model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    base = base_of(trainer.model)
+    total = base.num_parameters()  # which knows that two weights in 4 bits share a byte
+    trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
     whole = total and not is_deepspeed_zero3_enabled()
     share = f"{trained:,} of {total:,} weights" if whole else "sharded weights"
-    base = base_of(trainer.model)
     owner = parts_of(base)
     parts = {owner[name] for name, p in base.named_parameters() if p.requires_grad}
     plugin = trainer.accelerator.state.deepspeed_plugin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,15 @@ def test_dropping_is_masking_in_four_bits(packed: Any) -> None:
 
 
 # -------------------------------------------------------------------------------------- runs
-def test_an_evaluation_in_the_middle_changes_nothing(train: Any, data: Path) -> None:
+def test_an_evaluation_in_the_middle_changes_nothing(
+    train: Any, data: Path, tiny_llava_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = train(name="plain")  # dense: calibration would run without gradients before it
+    said = re.search(r"training ([\d,]+) of ([\d,]+) weights", capsys.readouterr().out)
+    assert said is not None
+    trained, total = (int(figure.replace(",", "")) for figure in said.groups())
+    weights = load_file(tiny_llava_folder / "model.safetensors").values()
+    assert total - trained == sum(weight.numel() for weight in weights)
     val = (f"data.val={data}", "trainer.eval_strategy=steps", "trainer.eval_steps=1")
     assert losses(train(*val, name="evaluated")) == losses(plain)
 
