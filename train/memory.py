@@ -1,15 +1,15 @@
 """How much memory one process of a run will take, told from the model's shape alone.
 
 Exact are weights, gradients and optimizer states: every parameter of the model as it will train is
-counted, on the meta device. Activations are an estimate, written out in `_layer` and below:
+counted, on the meta device. The rest is an estimate, within some 15 % of what autograd keeps of a
+LLaMA layer, written out in `layer_bytes` and below. Attention is never a matrix (SDPA, flash).
 
-    decoder    what a layer keeps for backward, a token: two norms (an fp32 copy and the result),
-               the outputs of its attention's and twice those of its feed-forward's linear layers,
-               and one copy of the input of every adapted layer; attention is never a matrix (SDPA,
-               flash). With gradient checkpointing: the input of every layer, and one layer whole
-    head       14 bytes a logit: the logits, their fp32 copy, its softmax and its gradient
-    vision     twice the outputs of a block's linear layers, a patch: of one block at work where the
-               tower is frozen, of all where it trains
+    activations  without gradient checkpointing what every layer keeps of its tokens for backward;
+                 with it the input of every layer, and one layer whole
+    casts        bf16 copies that autocast makes of fp32 weights
+    head         14 bytes a logit: the logits, their fp32 copy, its softmax and its gradient
+    vision       twice the outputs of a block's linear layers, a patch: of one block at work where
+                 the tower is frozen, of all where it trains
 
 What is in none of them (CUDA's context, communication buffers, fragments) is `OVERHEAD`.
 """
@@ -105,6 +105,7 @@ class Memory:
     optimizer: int
     activations: int
     """Of the decoder."""
+    casts: int
     head: int
     vision: int
     gathered: int
@@ -200,7 +201,7 @@ def _working(model: Any, setup: Setup, load: Load) -> dict[str, int]:
     size = 2 if setup.bf16 else next(family.text_model.parameters()).element_size()
     residual = max(size, _residual(family, setup))
     width = family.host.width
-    layers = [_layer(family, layer, size) for layer in family.layers]
+    layers = [layer_bytes(family, layer, size, residual) for layer in family.layers]
     if setup.checkpointing:
         activations = load.tokens * len(layers) * width * residual
         activations += load.tokens_in * max(layers)
@@ -208,14 +209,13 @@ def _working(model: Any, setup: Setup, load: Load) -> dict[str, int]:
         activations = load.tokens * sum(layers)
     tower = sum(p.requires_grad for p in family.tower.parameters()) > 0
     blocks = len(family.blocks) if tower and not setup.checkpointing else 1
-    patch = (
-        2 * size * sum(linear.out_features for linear in _linear(family.blocks[0], adapters=False))
-    )
+    outputs = sum(linear.out_features for _, linear in _named(family.blocks[0]))
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in family.layers)
     return {
         "activations": activations,
+        "casts": _casts(model, setup),
         "head": load.logits * base.get_output_embeddings().out_features * PER_LOGIT,
-        "vision": load.patches * patch * blocks,
+        "vision": load.patches * 2 * outputs * size * blocks,
         # One layer at work and the next one fetched.
         "gathered": 2 * largest * size if setup.zero >= 3 else 0,
     }
@@ -229,29 +229,47 @@ def _residual(family: Any, setup: Setup) -> int:
     return weight.element_size()
 
 
-def _layer(family: Any, layer: nn.Module, size: int) -> int:
-    """Bytes a decoder layer keeps of a token for backward."""
+def _casts(model: Any, setup: Setup) -> int:
+    """Autocast keeps copies of what trains for a whole forward, and backward all it will use."""
+    if not setup.bf16 or setup.deepspeed:
+        return 0
+    weights = [linear.weight for linear in model.modules() if isinstance(linear, nn.Linear)]
+    wide = [w for w in weights if w.dtype == torch.float32]
+    return sum(2 * w.numel() for w in wide if w.requires_grad or not setup.checkpointing)
+
+
+def layer_bytes(family: Any, layer: nn.Module, size: int, residual: int) -> int:
+    """Bytes a decoder layer keeps of a token for backward.
+
+    Both inputs of its norms, their fp32 copies and results; q, k, v, what attention makes of them,
+    and a copy of that in order; of the feed-forward block the outputs of its first layers, the
+    activation and the product. A residual stream wider than what layers compute in is copied for
+    each layer that reads it.
+
+    Args:
+        family: of the model.
+        layer: of its decoder.
+        size: bytes of a number the layers compute in.
+        residual: of one on the residual stream.
+    """
     attention, block = family.attention(layer), family.feed_forward(layer)
-    kept = 2 * family.host.width * (4 + size)
-    kept += size * sum(linear.out_features for linear in _linear(attention, adapters=False))
-    first = block.first if block is not None else ()
-    for name, linear in _named(block.module if block is not None else layer, adapters=False):
-        if name.split(".")[0] in first:
-            kept += 2 * size * linear.out_features
-    adapted = (a for a in _linear(layer, adapters=True) if a.weight.requires_grad)
-    inputs: int = kept + size * sum(a.in_features for a in adapted)
-    return inputs
+    names = block.first if block is not None else ()
+    inside = _named(block.module if block is not None else layer)
+    first = [linear for name, linear in inside if name.split(".")[0] in names]
+    around = [linear for _, linear in _named(attention)]
+    width: int = family.host.width
+    kept = 2 * width * (residual + 4 + size) + width * size
+    kept += size * sum(linear.out_features for linear in around)
+    kept += 2 * size * sum(linear.out_features for linear in first)
+    if residual > size:
+        kept += width * size * max(len(around) - 1 + len(first) - 2, 0)
+    return kept
 
 
-def _named(module: nn.Module, adapters: bool) -> list[tuple[str, nn.Linear]]:
+def _named(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Linear layers, adapters left out."""
     found = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if adapters:
-        return [(n, m) for n, m in found if "lora_A" in n.split(".")]
     return [(n, m) for n, m in found if not any(w.startswith("lora_") for w in n.split("."))]
-
-
-def _linear(module: nn.Module, adapters: bool) -> list[nn.Linear]:
-    return [m for _, m in _named(module, adapters)]
 
 
 # ----------------------------------------------------------------------------------- DeepSpeed
@@ -280,7 +298,7 @@ def _offloads(zero: Mapping[str, Any], what: str) -> bool:
 def four_bit_names(model: Any) -> set[str]:
     """Names of the weights mode `qlora` stores in 4 bits: the decoder's linear layers."""
     decoder = find_family(base_of(model)).text_model
-    inside = {id(linear.weight) for linear in _linear(decoder, adapters=False)}
+    inside = {id(linear.weight) for _, linear in _named(decoder)}
     return {name for name, p in model.named_parameters() if id(p) in inside}
 
 

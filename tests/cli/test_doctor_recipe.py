@@ -10,15 +10,29 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from itprune.cli import main
 from itprune.families import find_family
 from tests.train.helpers import recipe_values, write_data, write_recipe
 from train.config import load_recipe
 from train.doctor import Findings, build, examine
-from train.memory import Load, Setup, estimate, four_bit_bytes, four_bit_names, state_bytes
-from train.model import load_model
+from train.memory import (
+    Load,
+    Setup,
+    estimate,
+    four_bit_bytes,
+    four_bit_names,
+    layer_bytes,
+    state_bytes,
+)
+from train.model import add_lora, base_of, load_model
+from train.sections import LoraSection
 
 PRUNED = "prune.keep=0.4"
 FULL = ("model.mode=full", "lora=null")
@@ -102,6 +116,44 @@ def test_states_of_other_optimizers(name: str) -> None:
     tensors = [t for key, t in state.items() if isinstance(t, torch.Tensor) and "qmap" not in key]
     found = sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
     assert state_bytes(name, weight, 4, embedding=False) == found
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_activations_are_about_what_autograd_keeps(adapters: bool, bf16: bool) -> None:
+    tokens, width = 64, 64
+    text = LlamaConfig(
+        hidden_size=width, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
+    )
+    vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model: Any = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    if adapters:
+        model = add_lora(model.bfloat16() if bf16 else model, LoraSection(r=2, alpha=4))
+    family = find_family(base_of(model))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    stream = family.text_model.get_input_embeddings().weight.dtype
+    hidden = torch.randn(1, tokens, width, dtype=stream, requires_grad=True)
+    tables = family.text_model.rotary_emb(hidden, torch.arange(tokens)[None])
+    weights |= {table.untyped_storage().data_ptr() for table in tables}
+    held: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        return tensor
+
+    layer = family.layers[0]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        layer(hidden, position_embeddings=tables)
+    stores = [tensor.untyped_storage() for tensor in held]
+    kept = sum({s.data_ptr(): s.nbytes() for s in stores if s.data_ptr() not in weights}.values())
+    size = 2 if bf16 else 4
+    casts = sum(p.numel() for p in layer.parameters() if p.dim() == 2) * size
+    kept -= casts if bf16 and not adapters else 0
+    estimated = tokens * layer_bytes(family, layer, size, hidden.element_size())
+    assert estimated == pytest.approx(kept, rel=0.15)
 
 
 def test_sharding_divides_what_its_stage_says(values: dict[str, Any], tmp_path: Path) -> None:
