@@ -235,4 +235,5 @@ def _shift(span: Span, replaced: list[dict[str, Any]]) -> Span:
 def _inside(offsets: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     """(T, 2) characters of tokens -> (T,) bool: which of them reach into a span."""
     starts, ends = torch.tensor(spans, dtype=offsets.dtype).reshape(-1, 2).T
-    return ((offsets[:, :1] < ends) & (offsets[:, 1:] > starts)).any(1)
+    taught: torch.Tensor = (offsets[:, :1] < ends) & (offsets[:, 1:] > starts)
+    return taught.any(1)
