@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune import Attached, PromptFormat, attach, calibrate
 from itprune.attach import check_budgets
@@ -40,7 +41,7 @@ def attach_pruner(
         checkpoint: a run that goes on takes its calibration and its trained parts from here.
 
     Raises:
-        ValueError: those parts are of another shape.
+        ValueError: those parts are of another shape; a budget is out of the method's reach.
     """
     if recipe.prune is None:
         return None
@@ -52,6 +53,12 @@ def attach_pruner(
         attached.method.requires_grad_(False)
     for part in routed(attached.method):  # no language loss reaches a router
         part.routers.requires_grad_(recipe.mode == "router")
+    trains = any(part.requires_grad for part in attached.method.parameters())
+    if trains and 1.0 in recipe.prune.budgets and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "prune.keep: at 1.0 the method's trained parts do not run, and ZeRO-3 would move them "
+            "by a gradient of an earlier step; use ZeRO-2 or FSDP2, or leave 1.0 out"
+        )
     widen_trained(attached.method, recipe.model.dtype)  # before loading, which would round
     load_parts(attached.method, checkpoint or _parts_folder(recipe))
     return attached

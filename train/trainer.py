@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from train.bad_samples import BadSamples
@@ -72,7 +74,10 @@ class PruneTrainer(
             yield batch
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, self.checked(inputs), *args, **kwargs)
+        found = super().compute_loss(model, self.checked(inputs), *args, **kwargs)
+        if self.method is None or not model.training or not self.method.idle:
+            return found
+        return found + no_gradient(self.method)
 
     def checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch as the model takes it; those of an evaluation still carry their bad samples.
@@ -102,6 +107,13 @@ class PruneTrainer(
     def numbers(self) -> dict[str, float]:
         """What is logged beside the loss, of all ranks since the last call."""
         return self.meter.read(self.accelerator)
+
+
+def no_gradient(method: nn.Module) -> Any:
+    """A zero that gives every trained part of a method, idle in a step at keep 1.0, a gradient of
+    zero: DDP waits for one, and optimizers treat none otherwise than zero."""
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in method.parameters())
+    return sum(0.0 * part.sum() for part in parts if part.requires_grad)
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

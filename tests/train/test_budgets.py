@@ -26,6 +26,7 @@ from train.run import run
 from train.scenes import answers, write_dataset
 from train.sections import DataSection
 from train.supervised import supervised
+from train.trainer import PruneTrainer
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)
 TINY = Path(__file__).parents[2] / "assets/tiny-llava"
@@ -250,3 +251,25 @@ def test_one_checkpoint_answers_at_every_budget(
         assert sum(right) / len(right) == pytest.approx(found[f"eval_accuracy_keep_{keep}"])
         kept = [line["visual_layer_average"] for line in lines if line["visual_layer_average"]]
         assert sum(kept) / len(kept) == pytest.approx(keep, rel=0.15)
+
+
+def test_parts_that_a_dense_step_leaves_out_get_a_gradient_of_zero(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else DDP would wait for them, and optimizers would treat them in different ways."""
+    found: list[tuple[float, list[bool]]] = []
+
+    def look(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = whole(self, model, *args, **kwargs)
+        grads = [p.grad for p in self.method.parameters() if p.requires_grad]
+        assert grads
+        assert all(grad is not None for grad in grads)
+        found.append((self.method.keep, [bool(grad.any()) for grad in grads]))
+        return loss
+
+    whole = PruneTrainer.training_step
+    monkeypatch.setattr(PruneTrainer, "training_step", look)
+    train("prune={method: quecc, keep: [0.25, 1.0]}", "trainer.max_steps=6")
+    assert {keep for keep, _ in found} == {0.25, 1.0}
+    for keep, moved in found:
+        assert any(moved) == (keep == 0.25)
