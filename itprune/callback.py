@@ -126,7 +126,8 @@ class PrunerCallback(TrainerCallback):
         self._save(checkpoint_folder(args, state), args.should_save)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(Path(args.output_dir), args.should_save)
+        if not is_sharded():  # a checkpoint is pushed by one process alone, which cannot gather
+            self._save(Path(args.output_dir), args.should_save)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attached.set_step(state.max_steps, state.max_steps, args.seed)
