@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -40,6 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="loader: rounds; default 3")
     parser.add_argument("--keep", type=float, default=0.22, help="loader: of the step")
     parser.add_argument("--shape", default="cpu", help="loader: of the step's model")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="loader: of the step; default all"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
     return parser
 
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measures and prints; 2 for numbers that cannot be."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("workers", "lines", "samples", "repeats"):
+    for name in ("workers", "lines", "samples", "repeats", "threads"):
         if vars(args)[name] < 1:
             parser.error(f"--{name}: must be at least 1")
     with tempfile.TemporaryDirectory(prefix="itprune-scale-") as folder:
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def loader(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Samples a second of the data path and of the step it feeds."""
     record = measure_loader(
-        folder, args.workers, args.samples, args.repeats, args.shape, args.keep, say
+        folder, args.workers, args.samples, args.repeats, args.shape, args.keep, args.threads, say
     )
     data, step = record["loader"], record["step"]
     say(

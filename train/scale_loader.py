@@ -2,14 +2,13 @@
 
 The data path is the real one: JPEG pictures of 640x480 and conversations of four turns in a JSONL
 file, read, decoded, resized to 336 pixels by CLIP's image processor, tokenized and collated by
-workers. The step is the bench's of the same picture size, on all cores, as training would run it.
+workers. The step is the bench's of the same picture size.
 Both take turns, so that a drift of the machine falls on both.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import time
@@ -47,6 +46,7 @@ def measure_loader(
     repeats: int,
     shape: str,
     keep: float,
+    threads: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measures both in turns.
@@ -58,6 +58,7 @@ def measure_loader(
         repeats: rounds.
         shape: of the step's model.
         keep: target of the step.
+        threads: of the step.
         progress: told what happens.
 
     Returns:
@@ -69,7 +70,6 @@ def measure_loader(
         ValueError: unknown shape, or a machine too small for it.
     """
     size = find_shape(shape)
-    threads = os.cpu_count() or 1
     data = open_data(write_pictures(folder, samples))
     step = Step(size, keep)
     walls, cpus, steps, busy = [], [], [], []

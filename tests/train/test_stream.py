@@ -91,7 +91,8 @@ def lanes(encode: Encoder, *names: Path | str, world: int = 2, **options: Any) -
         open_feed(encode, *names, rank=rank, world=world, workers=2, **options)
         for rank in range(world)
     ]
-    return [feed.lane(reader) for feed in feeds for reader in range(2)]
+    sent = [pickle.loads(pickle.dumps(feed)) for feed in feeds]  # to workers that are spawned
+    return [feed.lane(reader) for feed in sent for reader in range(2)]
 
 
 def one_pass(lane: Any) -> list[str]:
@@ -154,6 +155,22 @@ def test_a_stream_goes_on_with_the_batches_of_an_unbroken_one(
     assert places(broken, 14, 11) == whole[11:]
     assert len({where for batch in whole[:10] for where in batch}) == 20  # a window in its order
     assert broken.seen == 50
+
+
+def test_every_rank_finds_its_own_place_again(folder: Path, encode: Encoder) -> None:
+    def ranks() -> list[StreamFeed]:
+        return [open_feed(encode, folder / "tars", rank=rank, world=2) for rank in (0, 1)]
+
+    whole = [places(feed, 9) for feed in ranks()]
+    assert not {w for batch in whole[0] for w in batch} & {w for b in whole[1] for w in b}
+    feeds = ranks()
+    for feed in feeds:
+        places(feed, 4)
+    state = {"readers": 1, "ranks": [feed.position() for feed in feeds]}
+    again = ranks()
+    for feed, expected in zip(again, whole, strict=True):
+        feed.load_state_dict(json.loads(json.dumps(state)))
+        assert places(feed, 5, 4) == expected[4:]
 
 
 def test_what_was_had_is_passed_over_without_decoding(

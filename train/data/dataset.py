@@ -7,6 +7,7 @@ was skipped travels with the batch to the trainer, which counts it.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -26,6 +27,7 @@ from train.data.llava import LlavaRecords
 from train.data.messages import JsonlRecords
 from train.data.mixture import Mixture
 from train.data.sample import BadSample, LostSource, Records
+from train.data.workers import keep_shared
 from train.sections import DataSection
 
 
@@ -53,6 +55,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
         if not len(self):
             raise ValueError("data: the files hold no sample")
         self.allowed = int(max_bad * len(self))
+        self._reader = 0
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -60,6 +63,9 @@ class SampleDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The encoded sample, or the next good one; only `bad` when there are too many bad ones, or
         when a file has changed or gone."""
+        if self._reader != os.getpid():
+            self._reader = os.getpid()
+            keep_shared()
         bad: list[tuple[int, str, str]] = []
         for step in range(min(self.allowed + 1, len(self))):
             i = (index + step) % len(self)

@@ -137,8 +137,8 @@ class Lane:
         dealt = np.random.default_rng((order.seed, which, number)).permutation(len(source))
         tickets = in_turn([source[i] for i in dealt[self.number :: order.lanes]])
         window, skip = divmod(done, order.buffer)
-        for _ in range(window * order.buffer):
-            next(tickets)
+        for _ in islice(tickets, window * order.buffer):
+            pass  # a ticket that is not called reads nothing
         for i in count(window):
             held = [(ticket(), opener) for ticket, opener in islice(tickets, order.buffer)]
             if not held:

@@ -8,7 +8,6 @@ far the workers have read ahead. It belongs to this number of processes and work
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -27,6 +26,7 @@ from train.data.lane import AFTER, Lane, Order, Source, in_turn
 from train.data.sample import LostSource, Sample
 from train.data.shards import GzipPart, Part, Raw, lines_parts, records_parts, rows_parts, turns
 from train.data.tar import row_sample, tar_parts
+from train.data.workers import keep_shared
 from train.feed import Counts
 from train.sections import DataSection
 
@@ -97,13 +97,17 @@ class StreamFeed:
         return None
 
     def state_dict(self, counts: Counts | None = None) -> dict[str, Any]:
-        """Where every reader of every process stands."""
-        own = {"next": self.next, "seen": self.seen, "places": self.places}
-        if self.order.lanes == self.readers:
-            return {"readers": self.readers, "ranks": [own]}
-        from accelerate.utils import gather_object
+        """Where the readers of all processes stand."""
+        ranks = [self.position()]
+        if self.order.lanes > self.readers:
+            from accelerate.utils import gather_object
 
-        return {"readers": self.readers, "ranks": gather_object([own])}
+            ranks = gather_object(ranks)
+        return {"readers": self.readers, "ranks": ranks}
+
+    def position(self) -> dict[str, Any]:
+        """Where this process's readers stand."""
+        return {"next": self.next, "seen": self.seen, "places": self.places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of other readers."""
@@ -158,8 +162,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         feed = self.feed
         info = get_worker_info()
-        if info is not None:
-            gc.freeze()  # what was there before the fork stays shared: a collection would touch it
+        keep_shared()
         # Workers are asked in turn from the first on; the reader due next must be the first.
         reader = (feed.next + (info.id if info is not None else 0)) % feed.readers
         for samples in feed.group(feed.lane(reader).samples()):
