@@ -58,7 +58,7 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
             "model.mode: router trains beside the model's own forward, where FSDP adds up no "
             "gradients; use launch/accelerate/multi_gpu.yaml or DeepSpeed"
         )
-    return {"fsdp_config": config} if named else {}
+    return {"fsdp_config": dict(config)} if named else {}  # transformers adds to it
 
 
 def _read(name: str) -> dict[str, Any]:

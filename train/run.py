@@ -68,7 +68,7 @@ def run(
     """
     checkpoint = find_checkpoint(recipe, resume, speaks=launch.rank == 0)
     zero = deepspeed_config(recipe.trainer, launch)
-    if zero is not None:
+    if zero is not None or launch.accelerate_deepspeed:
         prepare_deepspeed(on_cpu(recipe.trainer))
     changes = {"deepspeed": zero, **fsdp_options(recipe.trainer, launch, recipe.mode)}
     args = training_arguments(

@@ -18,7 +18,11 @@ SAVED = ("trainer.save_strategy=steps", "trainer.save_steps=2")
 MODES = {
     "projector": ("model.mode=projector", "lora=null", "prune={method: dyvte, exit_layer: 2}"),
     "lora": ("prune={method: quecc, keep: 0.25}",),
-    "qlora": ("model.mode=qlora", "prune={method: yopo, keep: 0.5, heads: null}"),
+    "qlora": (
+        "model.mode=qlora",
+        "prune={method: yopo, keep: 0.5, heads: null}",
+        "model.learning_rates={projector: 2e-3}",
+    ),
     "full": (
         "model.mode=full",
         "lora=null",
@@ -64,6 +68,7 @@ LAUNCHERS = {
     "zero1": Launcher("ZeRO-1", "deepspeed", "ZeRO-1", zero("zero1")),
     "zero2": Launcher("ZeRO-2", "deepspeed", "ZeRO-2", alone=("lora", "full")),
     "zero3": Launcher("ZeRO-3", "deepspeed", "ZeRO-3", zero("zero3"), alone=("lora", "full")),
+    "zero3_accelerate": Launcher("accelerate, ZeRO-3", "zero3", "ZeRO-3", modes=("lora",)),
     "zero2_offload": Launcher(
         "ZeRO-2, offload", "deepspeed", "ZeRO-2", zero("zero2_offload"), ("lora", "full")
     ),

@@ -56,7 +56,7 @@ def command(kind: str) -> tuple[list[str], int]:
     binaries = Path(sys.executable).parent
     deepspeed = [sys.executable, str(binaries / "deepspeed"), "--master_port", str(free_port())]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    files = {"ddp": "cpu2", "fsdp2": "fsdp2_cpu2"}
+    files = {"ddp": "cpu2", "fsdp2": "fsdp2_cpu2", "zero3": "zero3"}
     if kind == "python":
         return [sys.executable], 1
     name, _, count = kind.partition(" ")
@@ -78,7 +78,7 @@ def start(folder: Path, kind: str, recipe: Path, jobs: Sequence[Job]) -> dict[st
 
     Args:
         folder: new; gets the jobs' outputs.
-        kind: `python`, `deepspeed N`, `ddp N` or `fsdp2 N`.
+        kind: `python`, or `deepspeed`, `ddp`, `fsdp2`, `zero3` and the number of processes.
         recipe: of all jobs; each has its overrides.
         jobs: what to run.
     """
