@@ -212,6 +212,22 @@ def test_added_as_any_callback_it_does_the_same_but_for_other_reports(
     assert load_pretrained("outputs/elsewhere").attached.keep == 0.22
 
 
+def test_a_stream_trains_uncalibrated_and_says_so(place: Path) -> None:
+    stream = {
+        "train_dataset=records": "train_dataset=stream",
+        "num_train_epochs=1": "max_steps=2",
+        "from transformers import Trainer, TrainingArguments\n": (
+            "from datasets import IterableDataset\n"
+            "from transformers import Trainer, TrainingArguments\n"
+            "stream = IterableDataset.from_generator(lambda: iter(records))\n"
+        ),
+    }
+    with pytest.warns(UserWarning, match="a stream is not calibrated on"):
+        names = again("outputs/stream", **stream)
+    assert names["attached"].calibration is None
+    assert set(names["trainer"].state.log_history[0]) >= SHARES
+
+
 # ---------------------------------------------------------------------------------------- loops
 def test_the_loop_draws_and_leaves_a_folder_to_load(place: Path, capsys: Any) -> None:
     set_seed(0)
