@@ -166,10 +166,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 f"{shown(self.places) or 'the first samples'}; {kept}"
             ) from error
         if lost_peer(error):
-            where = watchdog.where()
-            raise Fault(
-                f"lost the other processes: {where} ({first_line(error)}); {kept}"
-            ) from error
+            reason = first_line(error).partition(". ")[0].rpartition("] ")[2]
+            raise Fault(f"lost another process ({reason}): {watchdog.where()}; {kept}") from error
         if damaged(error) and not self.progress.step:
             raise Fault(
                 f"a file of the checkpoint cannot be read ({first_line(error)}); move its folder "
