@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune import inputs
 from itprune.families import find_family
+from train.arguments import on_cpu
 from train.config import Recipe
 from train.quant import keep_layout, quantization
 from train.sections import PARTS, LoraSection, QuantSection
@@ -56,7 +57,15 @@ def load_model(recipe: Recipe, bf16: bool, sharded: bool = False) -> Any:
     dtype = auto if section.dtype == "auto" else _dtype(section.dtype)
     if recipe.mode == "qlora":
         quant = quantization(recipe.quant or QuantSection(), section.path, dtype, sharded)
-        model = _load(section.path, dtype, section.attn_implementation, quant)
+        # Left alone, weights in 4 bits go to a GPU that there is, even in a run on the CPU.
+        away = on_cpu(recipe.trainer) and not is_deepspeed_zero3_enabled()
+        model = _load(
+            section.path,
+            dtype,
+            section.attn_implementation,
+            quantization_config=quant,
+            device_map={"": "cpu"} if away else None,
+        )
         keep_layout(model)
     else:
         model = _load(section.path, dtype, section.attn_implementation)
@@ -187,7 +196,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _load(path: str, dtype: torch.dtype, attention: str | None, quant: Any = None) -> Any:
+def _load(path: str, dtype: torch.dtype, attention: str | None, **options: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if Path(path).is_absolute() and not Path(path).is_dir():
@@ -197,10 +206,10 @@ def _load(path: str, dtype: torch.dtype, attention: str | None, quant: Any = Non
             path,
             dtype=dtype,
             attn_implementation=attention,
-            quantization_config=quant,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model.path: {path}: {_first_line(error)}") from None

@@ -91,6 +91,17 @@ def recipe(tmp_path: Path) -> Path:
         (("data.weights=[0]",), "data.weights: must be above 0"),
         (("trainer.eval_strategy=steps",), "trainer.eval_strategy: an evaluation needs data.val"),
         (("prune.keep=0.4", "eval.keep=[0.2]"), "eval.keep: no evaluation runs"),
+        ((*ROUTER, "distill.every=2"), "distill: mode router forces exits"),
+        (("distill.every=2",), "distill: a dense run has no budgets"),
+        (
+            (
+                "prune.keep=0.4",
+                "distill.every=2",
+                "trainer.use_liger_kernel=true",
+                "trainer.liger_kernel_config={fused_linear_cross_entropy: true}",
+            ),
+            "distill: Liger's fused loss makes no logits",
+        ),
         # transformers' own options
         (("trainer.fp16=true", "trainer.bf16=true"), "trainer.fp16: a run has one precision"),
         (("trainer.fp16=true", "trainer.use_cpu=true"), "trainer.fp16: half precision needs a GPU"),
