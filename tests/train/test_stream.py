@@ -139,7 +139,7 @@ def test_every_sample_has_one_reader_in_each_pass(folder: Path, encode: Encoder,
 
 
 @pytest.mark.parametrize(
-    ("name", "workers"), [("a.jsonl", 0), ("tars", 0), ("d.parquet", 0), ("tars", 2)]
+    ("name", "workers"), [("a.jsonl", 0), ("tars", 0), ("d.parquet", 2), ("tars", 2)]
 )
 def test_a_stream_goes_on_with_the_batches_of_an_unbroken_one(
     folder: Path, encode: Encoder, name: str, workers: int

@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from torch.utils.data import get_worker_info
+
 from train.data.files import CHUNK, DataFile
 from train.data.messages import line_sample
 from train.data.sample import BadSample, LostSource, Records, Sample
@@ -162,7 +164,11 @@ class RowsPart:
     turn: Turn = EVERY
 
     def tickets(self) -> Iterator[Ticket]:
+        from fsspec.asyn import reset_lock
+
         number = 0
+        if get_worker_info() is not None:
+            reset_lock()  # fsspec's, for files far away: a forked process cannot use the old one
         try:
             # By batches, as `datasets` would divide single rows among the workers once more.
             for batch in self.rows.iter(batch_size=ROWS):
