@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from train.memory import (
 from train.model import add_lora, base_of, load_model
 from train.sections import LoraSection
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PRUNED = "prune.keep=0.4"
 FULL = ("model.mode=full", "lora=null")
 NOTHING = Load(0, 0, 0, 0)
@@ -376,7 +378,7 @@ def test_the_command(
 ) -> None:
     recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
     assert main(["doctor", recipe, "--samples", "4", PRUNED]) == 0
-    out, err = capfd.readouterr()
+    out = capfd.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     for part in (
         "family llava",
@@ -388,11 +390,27 @@ def test_the_command(
     ):
         assert part in out
     assert not list(tmp_path.glob("run/*")), "it trained"
-    assert main(["doctor", recipe, "prune.kepe=1"]) == 1
-    out, err = capfd.readouterr()
+
+
+def test_a_recipe_that_cannot_be_read(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("launch_doctor", ROOT / "launch/doctor.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    assert script.main([recipe, "prune.kepe=1"]) == 1
+    out, err = capsys.readouterr()
     assert not out
     assert "did you mean 'keep'" in err
     assert err.count("\n") == 1
+    assert script.main([recipe, PRUNED, "--samples", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["starts"]
+    assert found["data"]["examined"] == 2
+    assert found["memory"]["total"] > found["memory"]["weights"] > 0
 
 
 @pytest.mark.parametrize(
