@@ -25,7 +25,8 @@ def llava_7b(blank: bool) -> nn.Module:
     model.requires_grad_(False)
     for projector in find_family(model).projectors:
         projector.requires_grad_(True)
-    model.enable_input_require_grads()  # gradients flow through the LLM as they do to adapters
+    # Gradients flow through the LLM, as they do to adapters, and not into the frozen tower.
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
     if blank:
         BlankImage(model)
     return model.train()
