@@ -4,10 +4,10 @@
     python -m train.batching --processes 1 --dense  # where padding is what is saved
 
 The data is skewed as instruction data is: many short samples, few long ones, few with several
-images. Both kinds of run see as many kept tokens a step on average, through the real entry point,
-in turns. With several processes a step lasts as long as its longest batch, and that is what equal
-batches save; in one process rows that are padded save their padding, and packed rows have nothing
-to save but the cost of a step.
+images. Both kinds of run see about one epoch, as many kept tokens a step on average, through the
+real entry point, in turns. With several processes a step lasts as long as its longest batch, and
+that is what equal batches save; in one process rows that are padded save their padding, and packed
+rows have nothing to save but the cost of a step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from train.model import load_processor
 from train.sections import DataSection
 
 TOKENIZER = ROOT / "assets/tiny-llava"
-SAMPLES = 400
 WORDS = ("red", "green", "blue", "seven", "three", "circle", "square", "left", "right", "above")
 WARM_UP = 2
 """Steps at the start of a run that are not counted."""
@@ -58,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shape", default="cpu", help="a LLaVA shape of `itprune bench`")
     parser.add_argument("--processes", type=int, default=2, help="default 2")
-    parser.add_argument("--batch", type=int, default=2, help="samples of a fixed batch; default 2")
+    parser.add_argument("--batch", type=int, default=5, help="samples of a fixed batch; default 5")
     parser.add_argument("--steps", type=int, default=12, help="of a run; default 12")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind; default 3")
     parser.add_argument("--keep", type=float, default=0.22, help="visual tokens kept; default 0.22")
@@ -94,7 +93,7 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
         A JSON-able record: every run, and the ratios of the rounds.
     """
     write_model(folder / "model", args.shape)
-    data = write_data(folder / "data")
+    data = write_data(folder / "data", args.steps * args.batch * args.processes)
     limit, costs = compare_plans(folder / "model", data, args)
     bound = bound_of(costs, args)
     say(f"a step of fixed batches lasts {bound:.2f} times as long as its samples on average need")
@@ -105,15 +104,22 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
             runs.append(found)
             say(
                 f"round {turn + 1}, {kind:6}: {found['tokens_per_s']:7.0f} tokens/s, "
-                f"{found['kept_per_step']:6.0f} kept tokens and {found['samples_per_step']:5.1f} "
-                f"samples a step of {found['step_s']:.2f} s, loss {found['loss']:.3f}"
+                f"{found['kept_per_s']:7.0f} kept; {found['kept_per_step']:6.0f} kept tokens and "
+                f"{found['samples_per_step']:5.1f} samples a step of "
+                f"{found['step_s']:.2f} s, loss {found['loss']:.3f}"
             )
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
-    ratios = [tokens["tokens_per_s"] / fixed["tokens_per_s"] for fixed, tokens in pairs]
+    ratios, kept_ratios = (
+        [tokens[rate] / fixed[rate] for fixed, tokens in pairs]
+        for rate in ("tokens_per_s", "kept_per_s")
+    )
     losses = {
         kind: [run["loss"] for run in runs if run["kind"] == kind] for kind in ("fixed", "tokens")
     }
-    say(f"tokens/s by kept tokens over fixed count: {median(ratios):.2f} (median of {ratios})")
+    say(
+        f"batches of kept tokens over fixed ones: {median(ratios):.2f} times the tokens/s, "
+        f"{median(kept_ratios):.2f} times the kept tokens/s (medians of {len(pairs)})"
+    )
     say(f"final losses: fixed {losses['fixed']}, by kept tokens {losses['tokens']}")
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     return {
@@ -123,6 +129,8 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
         "bound": bound,
         "ratio": median(ratios),
         "ratios": ratios,
+        "kept_ratio": median(kept_ratios),
+        "kept_ratios": kept_ratios,
         "losses": losses,
         "runs": runs,
         "versions": versions(),
@@ -151,8 +159,9 @@ def write_model(folder: Path, shape: str) -> None:
     processor.save_pretrained(folder)
 
 
-def write_data(folder: Path) -> Path:
-    """LLaVA JSON: short answers about one image, a tenth long ones, a tenth with 3 to 6 images."""
+def write_data(folder: Path, samples: int) -> Path:
+    """LLaVA JSON: mostly short answers about one image or none; one in twenty is long, one in ten
+    is about 4 to 6 images."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(16):
@@ -160,11 +169,11 @@ def write_data(folder: Path) -> Path:
         Image.fromarray(noise).resize((320, 240)).save(folder / f"images/{i}.jpg")
     choose = random.Random(0)
     records = []
-    for _ in range(SAMPLES):
+    for _ in range(samples):
         kind = choose.random()
-        images = choose.randint(3, 6) if kind < 0.1 else 1
-        words = choose.randint(150, 300) if kind > 0.9 else choose.randint(4, 40)
-        named = [f"images/{choose.randrange(16)}.jpg" for _ in range(images)]
+        images = choose.randint(4, 6) if kind < 0.1 else int(kind < 0.3)
+        words = choose.randint(150, 300) if kind > 0.95 else choose.randint(4, 30)
+        named = [f"images/{choose.randrange(16)}.jpg" for _ in range(images)] or None
         answer = " ".join(choose.choice(WORDS) for _ in range(words))
         turns = [
             {"from": "human", "value": "<image>\n" * images + "What is there?"},
@@ -276,9 +285,11 @@ def read_run(output: Path) -> dict[str, Any]:
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     counted = steps[WARM_UP:]
     seconds = sum(step["step_time"] for step in counted)
+    kept = [step["tokens_in"] * step["layer_average"] for step in counted]
     return {
         "tokens_per_s": sum(step["tokens_in"] for step in counted) / seconds,
-        "kept_per_step": fmean(step["tokens_in"] * step["layer_average"] for step in counted),
+        "kept_per_s": sum(kept) / seconds,
+        "kept_per_step": fmean(kept),
         "samples_per_step": fmean(step["samples"] for step in counted),
         "step_s": seconds / len(counted),
         "loss": fmean(step["loss"] for step in steps[-len(steps) // 4 :]),

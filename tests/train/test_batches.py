@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
+from itprune import PruneConfig, attach
 from tests.tiny_llava import build_processor
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
 from train.config import load_recipe
@@ -21,6 +23,7 @@ from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.feed import Counts, read_state
 from train.launcher import read_launch
+from train.pruning import entering_share
 from train.run import run
 from train.sections import DataSection
 
@@ -205,6 +208,21 @@ def test_uneven_batches_give_the_loss_and_gradient_of_one(
     assert torch.allclose(torch.tensor(curves[0]), torch.tensor(curves[1]), atol=1e-4)
 
 
+def test_lengths_count_at_the_largest_keep_of_the_run(tiny_llava_folder: Path) -> None:
+    def share(keep: Any) -> float:
+        model = AutoModelForImageTextToText.from_pretrained(tiny_llava_folder)
+        with attach(model, PruneConfig(keep=keep, options={"stage2": None})) as attached:
+            before = attached.keep
+            found = entering_share(attached)
+            assert attached.keep == before
+        return found
+
+    assert entering_share(None) == 1.0
+    assert share(0.25) == pytest.approx(0.25)
+    assert share([0.25, 0.5]) == pytest.approx(0.5)
+    assert share({"from": 1.0, "to": 0.25}) == 1.0
+
+
 # --------------------------------------------------------------------------------- two processes
 @pytest.mark.slow
 @pytest.mark.xdist_group("launchers")
@@ -219,7 +237,7 @@ def test_two_processes_run_the_same_plan_and_go_on(
     values = recipe_values(tiny_llava_folder, data, tmp_path / "two")
     values["data"]["max_tokens_per_batch"] = LIMIT
     recipe = str(write_recipe(tmp_path / "two.yaml", values))
-    saving = ("trainer.save_strategy=steps", "trainer.save_steps=40")
+    saving = ("trainer.save_strategy=steps", "trainer.save_steps=60")
     for _ in range(2):
         done = call("accelerate 2", SCRIPT, recipe, *common, *saving)
         assert done.returncode == 0, done.stdout + done.stderr

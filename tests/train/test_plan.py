@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from train.data.lengths import SCALE, Lengths, Outline, Size, Sums, measure
-from train.data.plan import Draws, fill, plan_step
+from train.data.plan import Draws, plan_step
 
 LIMIT = 2000
 EXACT = Lengths(2.0, 0.25, 64.0, 1.0, 0.0, 0.0)
@@ -139,8 +139,3 @@ def test_sizes_are_counted_without_padding() -> None:
     ids = torch.tensor([[1, 9, 9, 2], [3, 4, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     assert measure(ids, mask, torch.tensor([9])) == [Size(2, 2), Size(2, 0)]
-
-
-def test_fill_groups_in_order() -> None:
-    groups = list(fill(iter([3, 4, 5, 20, 1, 1]), 10, float))
-    assert groups == [[3, 4], [5], [20], [1, 1]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -212,24 +212,3 @@ def _cut(
         spans.append((start, end))
         end = start
     return spans
-
-
-def fill(samples: Iterator[Any], limit: int, cost: Callable[[Any], float]) -> Iterator[list[Any]]:
-    """Groups samples in the order they come, up to a limit.
-
-    Args:
-        samples: endless or not.
-        limit: sum of the costs in a group; a sample that alone exceeds it stands alone.
-        cost: of a sample, exactly.
-    """
-    group: list[Any] = []
-    room = float(limit)
-    for sample in samples:
-        tokens = cost(sample)
-        if group and tokens > room:
-            yield group
-            group, room = [], float(limit)
-        group.append(sample)
-        room -= tokens
-    if group:
-        yield group
