@@ -9,6 +9,7 @@ into every checkpoint, so that `itprune.load_pretrained` loads any of them.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import all_reduce, get_rank, is_initialized
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
@@ -35,6 +36,7 @@ from itprune.trained import whole_weights
 
 STATE = "itprune"
 """Name of the calibration in trainer_state.json: a run that goes on takes it from there."""
+TRAINER_STATE = "trainer_state.json"
 CALIBRATION_BATCH = 4
 
 
@@ -83,9 +85,8 @@ class PrunerCallback(TrainerCallback):
         inner = base_model(model)
         inner.add_model_tags([TAG])  # into whatever card the trainer or PEFT writes
         self._tuned = inner.name_or_path, inner is not model
-        checkpoint = checkpoint_folder(args, state)
-        if state.global_step and checkpoint.is_dir() and not is_sharded():
-            refill(model, checkpoint)
+        if state.global_step and isinstance(model, PreTrainedModel) and not is_sharded():
+            refill(model, checkpoint_folder(args, state), state.log_history)
         stored = state.stateful_callbacks.get(STATE)
         if stored is not None:
             self.attached.calibration = Calibration.from_dict(stored)
@@ -219,15 +220,27 @@ def is_sharded() -> bool:
     return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
-def refill(model: nn.Module, folder: Path) -> None:
-    """Gives a model that goes on, if it has no adapters, the weights of its checkpoint.
+def refill(model: PreTrainedModel, folder: Path, history: Sequence[Any]) -> None:
+    """Gives a model without adapters, in a run that goes on, the weights of its checkpoint.
 
     A Trainer fills it by the names of its modules, a file holds those the model was published with
-    (in LLaVA all are others), and what does not match stays as it was, with a warning.
+    (in LLaVA all are others), and what does not match stays as it was.
+
+    Args:
+        model: to be filled.
+        folder: where the checkpoint is looked for; elsewhere there may be one of another run.
+        history: what was logged until it was saved.
     """
-    if isinstance(model, PreTrainedModel):
-        saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        model.load_state_dict(saved.state_dict(), strict=False)
+    path = folder / TRAINER_STATE
+    if not path.is_file() or json.loads(path.read_text())["log_history"] != history:
+        warnings.warn(
+            f"going on from a checkpoint that is not {folder}: weights that files name otherwise "
+            "than modules are not read from it; resume from a checkpoint in `output_dir`",
+            stacklevel=2,
+        )
+        return
+    saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.load_state_dict(saved.state_dict(), strict=False)
 
 
 def spread_batches(loader: DataLoader[Any], count: int) -> Iterable[Mapping[str, Tensor]]:

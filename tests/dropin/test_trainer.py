@@ -179,6 +179,9 @@ def test_full_tuning_goes_on_from_the_weights_of_its_checkpoint(
     loaded = load_pretrained(name)
     expected = logits(rest["model"], rest)
     assert torch.allclose(logits(loaded.model, rest), expected, atol=1e-6)
+    shutil.move(f"{name}/checkpoint-2", f"{name}_moved/checkpoint-2")
+    with pytest.warns(UserWarning, match="resume from a checkpoint in `output_dir`"):
+        again(name, resume=f"'{name}_moved/checkpoint-2'", **full)
 
 
 def test_trained_parts_are_saved_with_adapters(trained: dict[str, Any]) -> None:
