@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     entries = _entries(Path(args.data))
     from itprune.answer import Answerer
     from itprune.calibrating import calibrate
+    from itprune.calibration import AT
     from itprune.checkpoint import PRUNER_FILE, PrunerRecord
     from itprune.config import PruneConfig
 
@@ -77,8 +78,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{target}: cannot be written ({error.strerror})") from None
     print(f"{target / PRUNER_FILE}: calibrated on {batches.images} images")
     for stage, curve in calibration.curves.items():
+        if any(name.startswith(f"{stage}{AT}") for name in calibration.curves):
+            continue  # the first budget's, which has a name of its own
         mean = sum(f * w for f, w in zip(curve.fraction, curve.weight, strict=True))
-        print(f"  {stage}: the rule alone keeps {mean / sum(curve.weight):.1%} of what it sees")
+        print(
+            f"  {stage.replace(AT, ' at keep ')}: the rule alone keeps {mean / sum(curve.weight):.1%} of what it sees"
+        )
     if batches.bad:
         print(f"  {len(batches.bad)} sample(s) skipped, the first: {batches.bad[0]}")
     return 0
