@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +25,24 @@ from train.faults import Fault, lost_peer, not_written, told
 from train.health import Health
 from train.launcher import Launch
 from train.run import run
+from train.stopping import StopRequest
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 Train = Callable[..., Path]
 
 
-def start(model: Path, data: Path, output: Path, *overrides: str, resume: bool = False) -> Path:
+def start(
+    model: Path,
+    data: Path,
+    output: Path,
+    *overrides: str,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+) -> Path:
     values = recipe_values(model, data, output, **SAVES)
     recipe = load_recipe(write_recipe(output.with_suffix(".yaml"), values), overrides)
-    run(recipe, ALONE, resume)
+    run(recipe, ALONE, resume, stop)
     return output
 
 
@@ -284,3 +293,26 @@ def test_an_exploding_run_stops(tiny_llava_folder: Path, tmp_path: Path) -> None
 def test_a_lost_connection_is_told_from_other_errors() -> None:
     assert lost_peer(torch.distributed.DistBackendError("NCCL"))
     assert not lost_peer(RuntimeError("shapes do not match"))
+
+
+# ------------------------------------------------------------------------- asked to stop
+class Asked(StopRequest):
+    """Is asked as soon as a checkpoint can be written."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "saves" and value:
+            self.receive(signal.SIGUSR1)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    whole: Path, tiny_llava_folder: Path, tmp_path: Path
+) -> None:
+    data, output = whole.parent / "data/train.json", tmp_path / "out"
+    never = "trainer.save_strategy=no"
+    with pytest.raises(Fault, match=r"^stopped by SIGUSR1 after step 1; .*checkpoint-1,") as fault:
+        start(tiny_llava_folder, data, output, never, stop=Asked())
+    assert fault.value.status == 128 + signal.SIGUSR1
+    assert not (output / "adapter_model.safetensors").exists()  # nothing to take for trained
+    start(tiny_llava_folder, data, output, never, resume=True)
+    assert losses(output) == losses(whole)
