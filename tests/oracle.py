@@ -105,8 +105,9 @@ def recorded_rows(model: torch.nn.Module) -> Iterator[dict[str, list]]:
     found: dict[str, list] = {}
 
     def look(module, args, kwargs, output):
-        context = kwargs.get("itprune_context")
-        if context is not None and context.method is not None:
+        carried = kwargs.get("itprune_context")
+        if carried is not None and carried.context.method is not None:
+            context = carried.context
             found["rows"] = list(context.rows_at)
             found["shape"] = tuple(context.sequence.valid.shape)
 

@@ -47,6 +47,19 @@ from itprune.report import Report, Totals
 from itprune.trace import Trace
 
 
+class Carried:
+    """A context on its way through the layers: no dataclass, which FSDP in mixed precision copies
+    on the way into each of them."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+
+def _carried(kwargs: dict[str, Any]) -> Context | None:
+    carried: Carried | None = kwargs.get(CONTEXT)
+    return None if carried is None else carried.context
+
+
 class Engine:
     """Owns the hooks on one model and the two short-lived records between them."""
 
@@ -226,7 +239,7 @@ class Engine:
         if context.first is not None and context.plain and context.past == 0:
             # Rows carry the padding already: spare the host its S x S mask.
             kwargs["attention_mask"] = torch.ones_like(context.sequence.valid, dtype=torch.long)
-        return args, {**kwargs, CONTEXT: context}
+        return args, {**kwargs, CONTEXT: Carried(context)}
 
     def _cache_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache, made early so that its layers can be replaced; none while training."""
@@ -284,21 +297,21 @@ class Engine:
         )
 
     def _close_context(self, text: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        context: Context | None = kwargs.get(CONTEXT)
+        context = _carried(kwargs)
         report = context.close(self.trace) if context is not None else None
         if report is not None:
             self.report = report
             self.totals.add(report)
 
     def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        context: Context | None = kwargs.get(CONTEXT)
+        context = _carried(kwargs)
         if context is None:
             return None
         changed = context.before_layer(index, args[0], kwargs)
         return None if changed is None else ((changed[0], *args[1:]), changed[1])
 
     def _after_last_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        context: Context | None = kwargs.get(CONTEXT)
+        context = _carried(kwargs)
         if context is None:
             return None
         if isinstance(output, tuple):
