@@ -77,6 +77,9 @@ class SavingTrainer(Trainer):  # type: ignore[misc]
         None: every rank holds them whole anyway. Every rank must call it."""
         if not self.is_fsdp_enabled and not is_deepspeed_zero3_enabled():
             return None
+        if is_deepspeed_zero3_enabled():
+            # What an evaluation has begun to fetch for a next forward pass would be in the way.
+            self.model_wrapped.empty_partition_cache()
         own = {id(p) for p in self.method.parameters()} if self.method is not None else set()
         adapters = isinstance(self.model, PeftModel)  # whose frozen weights lie elsewhere
 
