@@ -80,10 +80,9 @@ def run(args: argparse.Namespace) -> int:
     for stage, curve in calibration.curves.items():
         if any(name.startswith(f"{stage}{AT}") for name in calibration.curves):
             continue  # the first budget's, which has a name of its own
-        mean = sum(f * w for f, w in zip(curve.fraction, curve.weight, strict=True))
-        print(
-            f"  {stage.replace(AT, ' at keep ')}: the rule alone keeps {mean / sum(curve.weight):.1%} of what it sees"
-        )
+        kept = sum(f * w for f, w in zip(curve.fraction, curve.weight, strict=True))
+        share, name = kept / sum(curve.weight), stage.replace(AT, " at keep ")
+        print(f"  {name}: the rule alone keeps {share:.1%} of what it sees")
     if batches.bad:
         print(f"  {len(batches.bad)} sample(s) skipped, the first: {batches.bad[0]}")
     return 0
