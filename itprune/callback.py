@@ -81,6 +81,11 @@ class PrunerCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------ what a Trainer calls
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process (nn.DataParallel) cannot be pruned; start the script "
+                "with `accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)"
+            )
         model = kwargs["model"]
         inner = base_model(model)
         inner.add_model_tags([TAG])  # into whatever card the trainer or PEFT writes

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import set_seed
 
-from itprune import load_pretrained
+from itprune import PrunerCallback, load_pretrained
 from itprune.checkpoint import PrunerRecord
 from itprune.cli import main
 from tests.dropin.page import SAMPLES, TWO, blocks, prepare, run
@@ -229,6 +230,12 @@ def test_a_stream_trains_uncalibrated_and_says_so(place: Path) -> None:
         names = again("outputs/stream", **stream)
     assert names["attached"].calibration is None
     assert set(names["trainer"].state.log_history[0]) >= SHARES
+
+
+def test_several_gpus_in_one_process_are_refused(trained: dict[str, Any]) -> None:
+    callback = PrunerCallback(trained["attached"])
+    with pytest.raises(ValueError, match="accelerate launch"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2), None, None)
 
 
 # ---------------------------------------------------------------------------------------- loops
