@@ -238,8 +238,9 @@ def test_two_processes_run_the_same_plan_and_go_on(
     values["data"]["max_tokens_per_batch"] = LIMIT
     recipe = str(write_recipe(tmp_path / "two.yaml", values))
     saving = ("trainer.save_strategy=steps", "trainer.save_steps=60")
+    start = ("-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml")
     for _ in range(2):
-        done = call("accelerate 2", SCRIPT, recipe, *common, *saving)
+        done = call(*start, SCRIPT, recipe, *common, *saving)
         assert done.returncode == 0, done.stdout + done.stderr
         assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=1e-4)
         for key in ("samples", "tokens_in", "epoch"):
