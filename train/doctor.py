@@ -32,8 +32,8 @@ from train.resume import find_checkpoint
 from train.room import Batches, Disk, batches_of, device_memory, disk_of
 
 T = TypeVar("T")
-SHOWN = 3
-"""Examples of bad samples that make a rule of thumb: so many of a small survey say nothing."""
+TELLING = 3
+"""Bad samples of a survey below which it cannot tell whether too many of all are bad."""
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 """What trainer.report_to names -> the package."""
 
@@ -220,7 +220,8 @@ def _judge_data(recipe: Recipe, found: Findings, data: Survey) -> None:
             f"data.max_bad: {bad} of {data.asked} samples examined are bad ({data.bad_share:.0%}), "
             f"but {recipe.data.max_bad:.1%} are allowed, above which a run stops"
         )
-        (found.problems if bad >= SHOWN else found.warnings).append(sentence)
+        sure = data.asked == data.total or bad >= TELLING
+        (found.problems if sure else found.warnings).append(sentence)
     missing = data.bad["images missing"]
     if missing and missing * 2 > data.asked:
         found.warnings.append("data.image_root: most images are missing; is it the right folder?")

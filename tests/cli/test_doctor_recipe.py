@@ -292,6 +292,9 @@ def test_bad_samples_are_counted_by_reason(
     assert not found.starts
     assert "3 of 24 samples examined are bad (12%), but 1.0% are allowed" in found.problems[0]
     assert doctor(PRUNED, "data.max_bad=0.2").starts
+    few = doctor(PRUNED, samples=8)  # one bad sample of some says little of all
+    assert few.starts
+    assert "1 of 8 samples examined" in few.warnings[0]
 
 
 def test_long_samples_are_cut_or_left_out(doctor: Doctor) -> None:
