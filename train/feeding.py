@@ -16,6 +16,9 @@ from train.data.mixture import EpochSampler
 from train.feed import Feed, FeedLoader, read_state, write_state
 from train.meter import Meter
 
+NEARLY = 1e-6
+"""Rounding in a count of epochs."""
+
 
 def token_batches(
     recipe: Recipe,
@@ -94,7 +97,9 @@ class FeedingTrainer(Trainer):  # type: ignore[misc]
         data, seed = self.train_dataset, self.args.data_seed
         if not isinstance(data, SampleDataset) or data.mixture is None:
             return super()._get_train_sampler(train_dataset)
-        return EpochSampler(data.mixture, self.args.seed if seed is None else seed)
+        sampler = EpochSampler(data.mixture, self.args.seed if seed is None else seed)
+        self.add_callback(EpochCallback(sampler))
+        return sampler
 
     def get_train_dataloader(self) -> Any:
         # Not prepared by accelerate, which would shard it again: a feed knows its rank, and Trainer
@@ -112,6 +117,17 @@ class FeedingTrainer(Trainer):  # type: ignore[misc]
         state = self.feed.state_dict(self.meter.counts)
         if self.args.should_save:
             write_state(Path(output_dir), state)
+
+
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells a sampler which epoch begins: accelerate's loaders do not reach it where batches are
+    shared out among ranks and the first ones are skipped."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch + NEARLY))
 
 
 class FeedCallback(TrainerCallback):  # type: ignore[misc]

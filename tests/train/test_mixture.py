@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 
 from tests.tiny_llava import build_processor
 from tests.train.helpers import write_data
@@ -15,6 +19,7 @@ from train.config import load_recipe
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.data.mixture import EpochSampler, Mixture, walk
+from train.feeding import EpochCallback
 from train.sections import DataSection
 
 NAMES = ("big", "middle", "small")
@@ -58,6 +63,25 @@ def test_a_sampler_follows_the_epoch() -> None:
     sampler.set_epoch(2)
     assert list(sampler) == mixture.order(3, 2).tolist()
     assert len(sampler) == 10
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_rank_that_goes_on_draws_in_the_order_of_its_epoch(processes: int) -> None:
+    mixture = Mixture((20, 20), (1, 3), NAMES[:2])
+
+    def batches(skip: int, epoch: int, done: float) -> list[list[int]]:
+        sampler = EpochSampler(mixture, 3)
+        loader: Any = DataLoader(range(40), batch_size=4, sampler=sampler)  # type: ignore[arg-type]
+        loader = prepare_data_loader(
+            loader, num_processes=processes, process_index=0, put_on_device=False
+        )
+        loader = skip_first_batches(loader, skip) if skip else loader
+        loader.set_epoch(epoch)  # as Trainer does, too
+        EpochCallback(sampler).on_epoch_begin(None, SimpleNamespace(epoch=done), None)
+        return [batch.tolist() for batch in loader]
+
+    assert batches(2, 1, done=1.5) == batches(0, 1, done=0.99999999)[2:]
+    assert batches(0, 1, done=1.0) != batches(0, 0, done=0.0)
 
 
 def test_impossible_proportions_are_refused(tmp_path: Path) -> None:

@@ -77,10 +77,12 @@ def kind_of(path: Path, wanted: str = "auto") -> str:
         return "dataset"
     if not path.is_file():
         raise ValueError(f"{path}: no such data file ({KNOWN})")
+    if guessed in STREAMED:
+        return guessed
     if wanted == "llava" and path.suffix != ".jsonl":
         return "llava"
     if wanted in ("llava", "messages"):
-        return "gzip" if guessed == "gzip" else "messages"
+        return "messages"
     if guessed is None:
         raise ValueError(f"{path}: of no known format ({KNOWN}); name it in data.format")
     return guessed
