@@ -301,7 +301,7 @@ def test_datasets_reads_tar_shards_too(folder: Path, encode: Encoder, tmp_path: 
     batch = next(iter(feed.batches(0)))
     assert not batch[BAD]
     assert batch["pixel_values"].shape[0] == DRAWN
-    own = next(iter(open_feed(encode, path).batches(0)))
+    own = next(iter(open_feed(encode, path, format="llava").batches(0)))
     assert torch.equal(own["pixel_values"], batch["pixel_values"])
 
 
