@@ -91,8 +91,10 @@ class EvaluatingTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.evaluation is not None and self.is_world_process_zero():
-            writers = (c for c in self.callback_handler.callbacks if type(c) is TensorBoardCallback)
-            writer = next((c.tb_writer for c in writers if c.tb_writer is not None), None)
+            boards = (
+                c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)
+            )
+            writer = next((c.tb_writer for c in boards if c.tb_writer is not None), None)
             if writer is not None and len(self.evaluation.budgets) > 1:
                 draw_curve(Path(writer.log_dir), self.state.global_step, self.evaluation, found)
         return found
@@ -136,9 +138,9 @@ class EvaluatingTrainer(Trainer):  # type: ignore[misc]
 @contextmanager
 def same_random_state(device: torch.device) -> Iterator[None]:
     """Random numbers go on behind it as if nothing had been drawn; loaders draw their seeds."""
-    kind = device.type
-    devices = [] if kind == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+    own = device.type in ("cuda", "xpu")
+    devices = [device.index or 0] if own else []
+    with torch.random.fork_rng(devices, device_type=device.type if own else "cuda"):
         yield
 
 
