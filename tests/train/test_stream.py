@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -19,6 +17,15 @@ from PIL import Image
 
 from tests.tiny_llava import build_processor
 from tests.train.helpers import turn
+from tests.train.stream_files import (
+    MESSAGES,
+    jpeg,
+    line,
+    record,
+    shard,
+    write_lines,
+    write_tar,
+)
 from train.bad_samples import StreamedBadSamples
 from train.data.collate import BAD, PLACES, Collator
 from train.data.encode import Encoder
@@ -28,7 +35,6 @@ from train.data.shards import LinesPart
 from train.data.stream import StreamFeed, build_stream, fixed
 from train.sections import DataSection
 
-MESSAGES = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 DRAWN = 2
 """Samples of a batch."""
 
@@ -36,46 +42,6 @@ DRAWN = 2
 @pytest.fixture(scope="module")
 def encode() -> Encoder:
     return Encoder(build_processor(), 200)
-
-
-def line(i: int) -> str:
-    return json.dumps({"id": i, **MESSAGES}) + "\n"
-
-
-def write_lines(path: Path, count: int, first: int = 0) -> Path:
-    path.write_text("".join(line(first + i) for i in range(count)))
-    return path
-
-
-def jpeg(colour: str = "red") -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (20, 20), colour).save(data, "JPEG")
-    return data.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def record(image: object = None) -> bytes:
-    asked = "<image>\nWhat?" if image is not None else "What?"
-    turns = [turn("human", asked), turn("gpt", "A dog.")]
-    return json.dumps({"image": image, "conversations": turns}).encode()
-
-
-def shard(path: Path, keys: range) -> Path:
-    """Samples with an image, every third one of text alone."""
-    members: dict[str, bytes] = {}
-    for i in keys:
-        if i % 3:
-            members[f"{i:03}.jpg"] = jpeg()
-        members[f"{i:03}.json"] = record(f"coco/{i:03}.jpg" if i % 3 else None)
-    return write_tar(path, members)
 
 
 def open_feed(encode: Encoder, *names: Path | str, **options: Any) -> StreamFeed:
