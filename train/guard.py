@@ -49,6 +49,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, stop: StopRequest | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.places: Sequence[str] = ()
+        self._seen: Sequence[str] = ()
         self.progress = Progress(self.args.process_index, lambda: self.places)
         self.health = Health(self.accelerator, scaled=self.args.fp16)
         self.stop = stop or StopRequest()
@@ -69,6 +70,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.stop.interrupted:
             raise KeyboardInterrupt
+        self._seen = self.places
         loss: Tensor = super().training_step(*args, **kwargs)
         self.health.add(loss)
         return loss
@@ -149,10 +151,12 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                     self.progress.moved = time.monotonic()
                     self._explain(error, watchdog)
                     raise
+        except BaseException:
+            self._close_reports()
+            raise
         finally:
             self.stop.saves = False
             remove()
-            self._close_reports()
 
     def _explain(self, error: BaseException, watchdog: Watchdog) -> None:
         """Raises a Fault for an exception that is known; tells others what is kept."""
@@ -163,11 +167,11 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
             raise Fault(
                 f"a data worker died in {self.progress} ({first_line(error)}); it may have run out "
                 f"of memory (fewer data.workers need less) or met a broken file after "
-                f"{shown(self.places) or 'the first samples'}; {kept}"
+                f"{shown(self.places or self._seen) or 'the start'}; {kept}"
             ) from error
         if lost_peer(error):
-            reason = first_line(error).partition(". ")[0].rpartition("] ")[2]
-            raise Fault(f"lost another process ({reason}): {watchdog.where()}; {kept}") from error
+            lost = first_line(error).partition(". ")[0].rpartition("] ")[2]
+            raise Fault(f"lost another process ({lost}): {watchdog.where()}; {kept}") from error
         if damaged(error) and not self.progress.step:
             raise Fault(
                 f"a file of the checkpoint cannot be read ({first_line(error)}); move its folder "
