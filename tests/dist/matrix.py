@@ -65,15 +65,15 @@ LAUNCHERS = {
         ("trainer.fsdp=true", "trainer.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"),
         ("lora", "full"),
     ),
-    "zero1": Launcher("ZeRO-1", "deepspeed", "ZeRO-1", zero("zero1")),
+    "zero1": Launcher("ZeRO-1", "deepspeed", "ZeRO-1", zero("zero1"), ("lora", "full")),
     "zero2": Launcher("ZeRO-2", "deepspeed", "ZeRO-2", alone=("lora", "full")),
     "zero3": Launcher("ZeRO-3", "deepspeed", "ZeRO-3", zero("zero3"), alone=("lora", "full")),
     "zero3_accelerate": Launcher("accelerate, ZeRO-3", "zero3", "ZeRO-3", modes=("lora",)),
     "zero2_offload": Launcher(
-        "ZeRO-2, offload", "deepspeed", "ZeRO-2", zero("zero2_offload"), ("lora", "full")
+        "ZeRO-2, offload", "deepspeed", "ZeRO-2", zero("zero2_offload"), ("lora",)
     ),
     "zero3_offload": Launcher(
-        "ZeRO-3, offload", "deepspeed", "ZeRO-3", zero("zero3_offload"), ("lora", "full")
+        "ZeRO-3, offload", "deepspeed", "ZeRO-3", zero("zero3_offload"), ("lora",)
     ),
 }
 REFUSED = {("router", "fsdp2"): "model.mode: router trains beside the model's own forward"}
