@@ -69,8 +69,9 @@ class Meter:
         precise = torch.float32 if device.type == "mps" else torch.float64
         own = torch.tensor([*seen, *self._sums], dtype=precise, device=device)
         samples, *sums = accelerator.reduce(own, "sum").tolist()
-        peaks = torch.tensor([self._time, peak_memory(device)]).to(device)
-        seconds, peak = accelerator.gather(peaks[None]).amax(0).tolist()
+        peaks = torch.tensor([self._time, peak_memory(device), float(self._layers)]).to(device)
+        seconds, peak, layers = accelerator.gather(peaks[None]).amax(0).tolist()
+        self._layers = int(layers)  # a rank may have had text only so far
         steps = max(self._steps, 1)
         logs = {
             "samples": samples / steps,

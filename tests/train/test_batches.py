@@ -246,4 +246,5 @@ def test_two_processes_run_the_same_plan_and_go_on(
         for key in ("samples", "tokens_in", "epoch"):
             counts = [[step[key] for step in history(out)] for out in (alone, tmp_path / "two")]
             assert counts[0] == counts[1]
+        assert all(0 < step["layer_average"] <= 1 for step in history(tmp_path / "two"))
         shutil.rmtree(tmp_path / "two/checkpoint-70")
