@@ -96,10 +96,17 @@ def test_who_runs_deepspeed() -> None:
 def test_processes_that_do_not_know_of_each_other_are_refused() -> None:
     class Args:
         world_size = 1
+        n_gpu = 1
+
+    class SeveralGpus:
+        world_size = 1
+        n_gpu = 4
 
     check_world(Args, Launch(1, 0, False, False))
     with pytest.raises(ValueError, match="each would train alone"):
         check_world(Args, Launch(2, 0, False, False))
+    with pytest.raises(ValueError, match="one process sees 4 GPUs"):
+        check_world(SeveralGpus, Launch(1, 0, False, False))
 
 
 # --------------------------------------------------------------------------------- real launchers

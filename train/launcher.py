@@ -116,11 +116,18 @@ def prepare_deepspeed(on_cpu: bool) -> None:
 
 
 def check_world(args: Any, launch: Launch) -> None:
-    """Refuses a run whose processes do not know of each other.
+    """Refuses a run whose processes do not know of each other, and one process on many devices.
 
     Raises:
-        ValueError: transformers sees another number of processes than the launcher started.
+        ValueError: transformers sees another number of processes than the launcher started, or
+            would split each batch over several GPUs by itself.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, over which transformers would split every batch; "
+            "start one process a GPU (`itprune train`, deepspeed, accelerate launch), or show it "
+            "one by CUDA_VISIBLE_DEVICES=0"
+        )
     if args.world_size != launch.processes:
         raise ValueError(
             f"the launcher started {launch.processes} processes but each would train alone "

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from itprune import checkpoint
 from itprune.methods.dyvte import Dyvte
-from tests.test_launch import SCRIPT, call
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
 from train import router
 from train.config import load_recipe
@@ -159,20 +157,6 @@ def test_a_resumed_run_has_the_same_curve(train: Any) -> None:
     assert losses(train(*options)) == expected
     again = load_file(whole / "pruner.safetensors")
     assert all(torch.equal(again[name], value) for name, value in weights.items())
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("launchers")
-def test_two_processes_train_the_same_routers(train: Any, tmp_path: Path) -> None:
-    alone = train(name="alone")
-    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    recipe["trainer"] |= {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
-    path = write_recipe(tmp_path / "two.yaml", recipe)
-    done = call("deepspeed 2", SCRIPT, str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=1e-5)
-    weights = [load_file(folder / "pruner.safetensors") for folder in (alone, tmp_path / "two")]
-    assert all(torch.allclose(weights[0][name], w, atol=1e-5) for name, w in weights[1].items())
 
 
 def test_an_evaluation_goes_through_the_layers(train: Any, tmp_path: Path) -> None:

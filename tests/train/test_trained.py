@@ -91,7 +91,8 @@ def test_the_other_modes_train_it_too_unless_it_is_frozen(
 ) -> None:
     options = () if mode == "lora" else ("model.mode=full", "lora=null")
     output = train(*options)
-    frozen = train(*options, "model.freeze=[vision, pruner]", name="frozen")
+    freeze = "[pruner]" if mode == "lora" else "[vision, pruner]"
+    frozen = train(*options, f"model.freeze={freeze}", name="frozen")
     assert moved(parts(frozen), parts(output)) == {"move.weight", "move.bias"}
     described = [line for line in capsys.readouterr().out.splitlines() if " weights (" in line]
     assert "(language, projector, pruner)" in described[0]
