@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from transformers.utils import logging as chatter
 
-        from train.config import load_recipe
-        from train.doctor import examine, usual_processes
-        from train.doctor_text import describe
+        from train.doctor.examine import examine, usual_processes
+        from train.doctor.text import describe
+        from train.recipe.config import load_recipe
 
         chatter.set_verbosity_error()
         recipe = load_recipe(options.config, options.overrides)

@@ -19,7 +19,7 @@ from pathlib import Path
 # A launcher puts this file's folder first on the path, where `train` would be this very file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.stopping import StopRequest
+from train.guards.stopping import StopRequest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
     try:
         return start(options, stop)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can tell
-        from train.faults import told
+        from train.guards.faults import told
 
         sentence, status, shared = told(error)
         rank = os.environ.get("RANK", "0")
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
 
 def start(options: argparse.Namespace, stop: StopRequest | None) -> int:
     """Reads the recipe and does what the command line asks for."""
-    from train.config import load_recipe
     from train.launcher import read_launch
+    from train.recipe.config import load_recipe
 
     launch = read_launch(options.local_rank)
     recipe = load_recipe(options.config, options.overrides)

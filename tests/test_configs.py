@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import load_recipe
 from train.launcher import ZERO2
+from train.recipe.config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

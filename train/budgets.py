@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from itprune import Attached, Draw
-from train.sections import metric
+from train.recipe.sections import metric
 from train.supervised import rows_of, supervised
 
 CURVE = "accuracy_over_keep"

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from itprune import Attached
-from train.sections import DistillSection
+from train.recipe.sections import DistillSection
 from train.supervised import rows_of, supervised
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from train.config import Recipe
 from train.data.batches import Budget, Ranks, Samples, TokenBatches
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset
+from train.data.feed import Feed, FeedLoader, read_state, write_state
 from train.data.mixture import EpochSampler
-from train.feed import Feed, FeedLoader, read_state, write_state
 from train.meter import Meter
+from train.recipe.config import Recipe
 
 NEARLY = 1e-6
 """Rounding in a count of epochs."""

@@ -16,9 +16,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from itprune.families import find_family
-from train.arguments import find_file
 from train.launcher import Launch
 from train.model import base_of
+from train.recipe.arguments import find_file
 
 VERSION = "2"
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.arguments import find_file
-from train.contradictions import need
+from train.recipe.arguments import find_file
+from train.recipe.contradictions import need
 
 ZERO2 = "launch/deepspeed/zero2.json"
 

@@ -19,10 +19,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune import inputs
 from itprune.families import find_family
-from train.arguments import on_cpu
-from train.config import Recipe
 from train.quant import keep_layout, quantization
-from train.sections import PARTS, LoraSection, QuantSection
+from train.recipe.arguments import on_cpu
+from train.recipe.config import Recipe
+from train.recipe.sections import PARTS, LoraSection, QuantSection
 
 PRUNER = "pruner"
 """Name of the attached method inside the model, and of its part."""

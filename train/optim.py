@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from train.model import base_of, parts_of
-from train.sections import PARTS, Rates
+from train.recipe.sections import PARTS, Rates
 
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 """What transformers hands to optimizers that choose their weights themselves."""

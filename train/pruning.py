@@ -17,10 +17,10 @@ from itprune import Attached, PromptFormat, attach, calibrate
 from itprune.attach import check_budgets
 from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
 from itprune.methods.dyvte import Dyvte
-from train.config import RECIPE_NAME, Recipe
 from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import SampleDataset
 from train.model import PRUNER, widen_trained
+from train.recipe.config import RECIPE_NAME, Recipe
 
 CALIBRATION_SAMPLES = 256
 CALIBRATION_BATCH = 4

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from itprune.families import find_family
-from train.sections import QuantSection
+from train.recipe.sections import QuantSection
 
 
 def quantization(

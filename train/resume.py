@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from train.complete import checkpoints, flaw
-from train.config import RECIPE_NAME, Recipe
+from train.guards.complete import checkpoints, flaw
+from train.recipe.config import RECIPE_NAME, Recipe
 
 FREE = re.compile(
     r"trainer\.(logging_.*|save_.*|eval_.*|report_to|run_name|disable_tqdm|log_level.*|deepspeed"

@@ -10,17 +10,16 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from itprune.families import find_family
-from train.arguments import check_reentry, on_cpu, training_arguments
 from train.blank import blank_images
 from train.budgets import Evaluation
-from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
+from train.data.feed import Feed
 from train.distill import Distiller
-from train.feed import Feed
 from train.feeding import token_batches
 from train.fsdp import fsdp_options, sharded_layers
+from train.guards.stopping import StopRequest
 from train.launcher import Launch, check_world, deepspeed_config, prepare_deepspeed
 from train.meter import Meter
 from train.model import (
@@ -43,10 +42,11 @@ from train.pruning import (
     trained_method,
     write_recipe,
 )
+from train.recipe.arguments import check_reentry, on_cpu, training_arguments
+from train.recipe.config import Recipe
 from train.reports import prepare_reports
 from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
-from train.stopping import StopRequest
 from train.streaming import bad_samples, open_stream, ready_stream
 from train.trainer import PruneTrainer, StepCallback
 

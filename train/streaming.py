@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from train.bad_samples import BadSamples, StreamedBadSamples
-from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset
 from train.data.encode import Encoder
+from train.data.feed import read_state
 from train.data.lengths import kept_tokens
 from train.data.stream import StreamFeed, build_stream, fixed, within
-from train.feed import read_state
+from train.recipe.config import Recipe
 
 REPORT = "bad_samples.jsonl"
 

@@ -19,7 +19,7 @@ from train.card import CardTrainer
 from train.data.collate import BAD, PLACES
 from train.distill import DistillingTrainer
 from train.feeding import FeedingTrainer
-from train.guard import GuardedTrainer
+from train.guards.guard import GuardedTrainer
 from train.meter import Meter
 from train.model import limit_input_grads
 from train.optim import RatesTrainer

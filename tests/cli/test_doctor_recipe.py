@@ -21,9 +21,8 @@ from transformers import (
 from itprune.cli import main
 from itprune.families import find_family
 from tests.train.helpers import recipe_values, write_data, write_recipe
-from train.config import load_recipe
-from train.doctor import Findings, build, examine
-from train.memory import (
+from train.doctor.examine import Findings, build, examine
+from train.doctor.memory import (
     Load,
     Setup,
     estimate,
@@ -33,7 +32,8 @@ from train.memory import (
     state_bytes,
 )
 from train.model import add_lora, base_of, load_model
-from train.sections import LoraSection
+from train.recipe.config import load_recipe
+from train.recipe.sections import LoraSection
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRUNED = "prune.keep=0.4"
@@ -360,8 +360,8 @@ def test_an_output_folder_of_another_run(
 
 
 def test_room_that_is_short_is_a_warning(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.room.shutil.disk_usage", lambda path: Free())
-    monkeypatch.setattr("train.doctor.device_memory", lambda cpu, processes: 1000)
+    monkeypatch.setattr("train.doctor.room.shutil.disk_usage", lambda path: Free())
+    monkeypatch.setattr("train.doctor.examine.device_memory", lambda cpu, processes: 1000)
     found = doctor("trainer.save_strategy=steps", "trainer.save_steps=1")
     assert found.starts
     assert found.disk is not None

@@ -18,8 +18,8 @@ from tests.dropin.hub import Hub, loopback_hub
 from tests.dropin.wandb_file import history as wandb_history
 from tests.train.helpers import history, recipe_values, write_data, write_recipe
 from train import reports
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ from itprune.checkpoint import PrunerRecord
 from itprune.cli import main
 from tests.dropin.page import SAMPLES, TWO, blocks, prepare, run
 from tests.train.helpers import losses, recipe_values, write_recipe
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run as run_recipe
 
 pytestmark = pytest.mark.xdist_group("drop_in")

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
 
 COLOURS = ("red", "green", "blue", "yellow")

@@ -16,16 +16,16 @@ from transformers import AutoModelForImageTextToText
 from itprune import PruneConfig, attach
 from tests.tiny_llava import build_processor
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
-from train.config import load_recipe
 from train.data.batches import WINDOW, Budget, Ranks, TokenBatches
 from train.data.collate import PLACES, Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
-from train.feed import Counts, read_state
+from train.data.feed import Counts, read_state
 from train.launcher import read_launch
 from train.pruning import entering_share
+from train.recipe.config import load_recipe
+from train.recipe.sections import DataSection
 from train.run import run
-from train.sections import DataSection
 
 LIMIT = 150
 Start = Callable[..., Path]

@@ -17,14 +17,14 @@ from itprune.cli import main
 from itprune.question import ImageFolder, Question
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
 from train.budgets import CURVE, Evaluation
-from train.config import load_recipe
 from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.launcher import Launch
+from train.recipe.config import load_recipe
+from train.recipe.sections import DataSection
 from train.run import run
 from train.scenes import answers, write_dataset
-from train.sections import DataSection
 from train.supervised import supervised
 from train.trainer import PruneTrainer
 

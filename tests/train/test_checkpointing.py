@@ -11,8 +11,8 @@ import torch
 from itprune import PromptFormat, PruneConfig, attach
 from tests.family_models import ASSISTANT, NAMES, batch, build
 from tests.train.helpers import losses, train_here, write_data
-from train.arguments import check_reentry, training_arguments
 from train.model import limit_input_grads
+from train.recipe.arguments import check_reentry, training_arguments
 
 MODES = {
     "lora": ("lora.dropout=0.1",),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.arguments import training_arguments
-from train.config import load_recipe
+from train.recipe.arguments import training_arguments
+from train.recipe.config import load_recipe
 
 BASE = """\
 model:

@@ -13,9 +13,9 @@ import torch
 from itprune import PruneConfig, attach
 from launch.train import main
 from tests.models import batch, tiny_llava
-from train.arguments import training_arguments
-from train.config import load_recipe
 from train.launcher import prepare_deepspeed
+from train.recipe.arguments import training_arguments
+from train.recipe.config import load_recipe
 
 BASE = """\
 model:
@@ -163,13 +163,13 @@ def test_a_missing_package_is_named(
     def missing(name: str, *args: Any) -> Any:
         return None if name == "bitsandbytes" else importlib.util.find_spec(name, *args)
 
-    monkeypatch.setattr("train.contradictions.find_spec", missing)
+    monkeypatch.setattr("train.recipe.contradictions.find_spec", missing)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_recipe(recipe, overrides)
 
 
 def test_deepspeed_is_asked_for_where_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.contradictions.find_spec", lambda name: None)
+    monkeypatch.setattr("train.recipe.contradictions.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^trainer.deepspeed: ZeRO needs deepspeed, .*\[train\]"):
         prepare_deepspeed(on_cpu=True)
 
@@ -180,7 +180,7 @@ def test_liger_leaves_the_loss_to_the_host(tmp_path: Path, monkeypatch: pytest.M
         ValueError, match=r"^trainer.use_liger_kernel: liger-kernel is not installed"
     ):
         training_arguments(values, 0)
-    monkeypatch.setattr("train.arguments.find_spec", lambda name: name)
+    monkeypatch.setattr("train.recipe.arguments.find_spec", lambda name: name)
     unfused = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert training_arguments(values, 0).liger_kernel_config == unfused
     named = {**values, "liger_kernel_config": {"rope": False, "cross_entropy": True}}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.train.helpers import losses, recipe_values, write_data, write_recipe
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)

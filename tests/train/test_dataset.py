@@ -15,7 +15,7 @@ from train.bad_samples import BadSamples
 from train.data.collate import BAD, Collator
 from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 
 @pytest.fixture(scope="module")

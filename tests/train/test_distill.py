@@ -11,11 +11,11 @@ import torch
 from itprune import PruneConfig, attach
 from tests.models import batch, tiny_llava
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
-from train.config import load_recipe
 from train.distill import Distiller
 from train.launcher import Launch
+from train.recipe.config import load_recipe
+from train.recipe.sections import DistillSection
 from train.run import run
-from train.sections import DistillSection
 from train.supervised import rows_of, supervised
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)

@@ -19,13 +19,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.train.helpers import losses, recipe_values, turn, write_data, write_recipe
-from train.complete import COMPLETE, clear, flaw, last_complete, remove_old, seal
-from train.config import load_recipe
-from train.faults import Fault, lost_peer, not_written, told
-from train.health import Health
+from train.guards.complete import COMPLETE, clear, flaw, last_complete, remove_old, seal
+from train.guards.faults import Fault, lost_peer, not_written, told
+from train.guards.health import Health
+from train.guards.stopping import StopRequest
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
-from train.stopping import StopRequest
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

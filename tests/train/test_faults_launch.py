@@ -15,9 +15,9 @@ import pytest
 
 from tests.dist.starting import ROOT, command, environment
 from tests.train.helpers import losses, recipe_values, write_data, write_recipe
-from train.complete import flaw
-from train.config import load_recipe
+from train.guards.complete import flaw
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.resume import latest_checkpoint
 from train.run import run
 

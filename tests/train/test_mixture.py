@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from tests.tiny_llava import build_processor
 from tests.train.helpers import write_data
-from train.config import load_recipe
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.data.mixture import EpochSampler, Mixture, walk
 from train.feeding import EpochCallback
-from train.sections import DataSection
+from train.recipe.config import load_recipe
+from train.recipe.sections import DataSection
 
 NAMES = ("big", "middle", "small")
 

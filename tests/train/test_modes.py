@@ -11,8 +11,8 @@ import torch
 
 from tests.train.helpers import recipe_values, write_recipe
 from train.blank import BlankImage
-from train.config import Recipe, load_recipe
 from train.model import check_trains, load_model, load_processor, trains_images
+from train.recipe.config import Recipe, load_recipe
 
 
 @pytest.fixture

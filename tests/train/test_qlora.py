@@ -22,10 +22,10 @@ from tests.family_models import NAMES, build
 from tests.models import ASSISTANT, batch, tiny_llava
 from tests.oracle import drops_of, masked, recorded_rows
 from tests.train.helpers import losses, recipe_values, train_here, write_data, write_recipe
-from train.config import Recipe, load_recipe
 from train.model import base_of, load_model, load_processor
 from train.quant import keep_layout, quantization
-from train.sections import QuantSection
+from train.recipe.config import Recipe, load_recipe
+from train.recipe.sections import QuantSection
 
 PRUNED = "prune.keep=0.4"
 QLORA = "model.mode=qlora"

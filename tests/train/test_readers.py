@@ -19,7 +19,7 @@ from train.data.images import MAX_DATA, MAX_PIXELS, ImageOpener
 from train.data.llava import LlavaRecords, llava_sample
 from train.data.messages import JsonlRecords, record_sample
 from train.data.sample import BadSample, LostSource, Sample, Turn
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 ASKED = [turn("human", "<image>\nWhat?"), turn("gpt", "A dog.")]
 

@@ -17,8 +17,8 @@ from itprune import checkpoint
 from itprune.methods.dyvte import Dyvte
 from tests.train.helpers import history, losses, recipe_values, write_data, write_recipe
 from train import router
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.router import pseudo_labels
 from train.run import run
 

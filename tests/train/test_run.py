@@ -20,8 +20,8 @@ from tests.train.helpers import (
     write_data,
     write_recipe,
 )
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
 
 ALONE = Launch(processes=1, rank=0, by_deepspeed=False, accelerate_deepspeed=False)

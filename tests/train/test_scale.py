@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.scale import main
+from train.bench.scale import main
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -33,7 +33,7 @@ from train.data.files import DataFile
 from train.data.sample import LostSource
 from train.data.shards import LinesPart
 from train.data.stream import StreamFeed, build_stream, fixed
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 DRAWN = 2
 """Samples of a batch."""

@@ -19,8 +19,8 @@ from itprune.methods.base import Method, NoOptions
 from itprune.methods.fixed import fixed_count
 from itprune.tokens import Images, Kept, spread
 from tests.train.helpers import losses, recipe_values, write_data, write_recipe
-from train.config import load_recipe
 from train.launcher import Launch
+from train.recipe.config import load_recipe
 from train.run import run
 from train.saving import split_parts
 

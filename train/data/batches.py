@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.collate import BAD
+from train.data.feed import Counts
 from train.data.lengths import SCALE, Lengths, Outline, Size, Sums, measure
 from train.data.plan import Drawn, Draws, plan_step
-from train.feed import Counts
 
 WINDOW = 32
 """Steps between two refinements."""
@@ -82,7 +82,7 @@ class Budget:
 
 
 class TokenBatches:
-    """A feed (`train/feed.py`) of batches with so many kept tokens.
+    """A feed (`train/data/feed.py`) of batches with so many kept tokens.
 
     Args:
         data: the samples.

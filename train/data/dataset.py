@@ -28,7 +28,7 @@ from train.data.messages import JsonlRecords
 from train.data.mixture import Mixture
 from train.data.sample import BadSample, LostSource, Records
 from train.data.workers import keep_shared
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 
 class SampleDataset(Dataset[dict[str, Any]]):

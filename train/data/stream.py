@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import SampleDataset, image_opener, read_records
 from train.data.encode import Encoder
+from train.data.feed import Counts
 from train.data.formats import files_of, kind_of
 from train.data.hub import open_stream
 from train.data.images import ImageOpener
@@ -27,8 +28,7 @@ from train.data.sample import LostSource, Sample
 from train.data.shards import GzipPart, Part, Raw, lines_parts, records_parts, rows_parts, turns
 from train.data.tar import row_sample, tar_parts
 from train.data.workers import keep_shared
-from train.feed import Counts
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 LANE = "lane"
 """Key of a batch's reader and of where it stands after the batch."""

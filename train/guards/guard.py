@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
-from train.complete import clear, last_complete, remove_old, seal
-from train.faults import (
+from train.guards.complete import clear, last_complete, remove_old, seal
+from train.guards.faults import (
     INTERRUPTED,
     Fault,
     damaged,
@@ -30,11 +30,11 @@ from train.faults import (
     lost_worker,
     not_written,
 )
-from train.health import Health, Verdict
+from train.guards.health import Health, Verdict
+from train.guards.progress import Progress, shown
+from train.guards.stopping import StopRequest
+from train.guards.watchdog import Watchdog, watch_modules
 from train.model import base_of
-from train.progress import Progress, shown
-from train.stopping import StopRequest
-from train.watchdog import Watchdog, watch_modules
 
 FETCHING = "waiting for data"
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FIXED = {
     "remove_unused_columns": "the collator already makes exactly what the model takes",
     "label_names": "labels are always called `labels`",

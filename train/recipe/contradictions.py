@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from itprune.methods.combined import SEPARATOR
 from itprune.options import nearest
-from train.sections import ADAPTED, PARTS, metrics
+from train.recipe.sections import ADAPTED, PARTS, metrics
 
 if TYPE_CHECKING:
-    from train.config import Recipe
+    from train.recipe.config import Recipe
 
 ROUTED = "dyvte"
 """The method whose routers mode `router` trains."""

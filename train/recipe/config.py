@@ -20,9 +20,9 @@ from itprune.config import PruneConfig
 from itprune.methods import build_method
 from itprune.methods.base import Host
 from itprune.options import from_mapping, nearest, to_plain
-from train.arguments import check_trainer
-from train.contradictions import check
-from train.sections import (
+from train.recipe.arguments import check_trainer
+from train.recipe.contradictions import check
+from train.recipe.sections import (
     DataSection,
     DistillSection,
     EvalSection,
@@ -30,7 +30,7 @@ from train.sections import (
     ModelSection,
     QuantSection,
 )
-from train.yaml_source import Source, read_yaml
+from train.recipe.yaml_source import Source, read_yaml
 
 OPTIONAL = {
     "lora": LoraSection,

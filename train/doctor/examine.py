@@ -17,19 +17,19 @@ import torch
 
 from itprune.families import find_family
 from itprune.inputs import load_processor
-from train.arguments import on_cpu, training_arguments
-from train.config import Recipe
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
 from train.data.stream import build_stream, fixed
-from train.forecast import Kept, Spread, Survey, kept_at, survey
-from train.memory import Memory, Setup, dtype_of, estimate, four_bit_names
+from train.doctor.forecast import Kept, Spread, Survey, kept_at, survey
+from train.doctor.memory import Memory, Setup, dtype_of, estimate, four_bit_names
+from train.doctor.room import Batches, Disk, batches_of, device_memory, disk_of
 from train.model import base_of, check_trains, prepare
 from train.pruning import attach_pruner, entering_share
 from train.quant import skeleton
+from train.recipe.arguments import on_cpu, training_arguments
+from train.recipe.config import Recipe
 from train.resume import find_checkpoint
-from train.room import Batches, Disk, batches_of, device_memory, disk_of
 
 T = TypeVar("T")
 TELLING = 3

@@ -1,9 +1,9 @@
 """Measures of the data path on this machine.
 
-    python -m train.scale loader                # samples a second beside the pruned training step
-    python -m train.scale memory                # a million lines of JSONL: memory while reading
-    python -m train.scale memory --streaming    # the same as a stream
-    python -m train.scale index                 # how fast data files are opened
+    python -m train.bench.scale loader                # samples/s beside the pruned training step
+    python -m train.bench.scale memory                # a million lines of JSONL: memory in use
+    python -m train.bench.scale memory --streaming    # the same as a stream
+    python -m train.bench.scale index                 # how fast data files are opened
 
 Everything is made in a temporary folder and removed again.
 """
@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from itprune.bench.record import MB, versions
+from train.bench.scale_loader import measure_loader
+from train.bench.scale_memory import measure_memory, write_lines
 from train.data.llava import LlavaRecords
 from train.data.messages import JsonlRecords
-from train.scale_loader import measure_loader
-from train.scale_memory import measure_memory, write_lines
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.scale",
+        prog="python -m train.bench.scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from train.config import Recipe
-from train.forecast import Kept, Survey
-from train.memory import Load, Memory, Setup
+from train.doctor.forecast import Kept, Survey
+from train.doctor.memory import Load, Memory, Setup
 from train.pruning import entering_share
+from train.recipe.config import Recipe
 
 
 @dataclass(frozen=True)

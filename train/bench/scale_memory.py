@@ -25,7 +25,7 @@ from train.data.images import ImageOpener
 from train.data.mixture import EpochSampler, Mixture
 from train.data.sample import Sample
 from train.data.stream import build_stream, fixed
-from train.sections import DataSection
+from train.recipe.sections import DataSection
 
 BATCH = 256
 EVERY = 50

@@ -19,8 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from itprune.families import find_family
-from train.progress import Progress, shown
-from train.stopping import StopRequest
+from train.guards.progress import Progress, shown
+from train.guards.stopping import StopRequest
 
 TICK = 0.5
 """Seconds between two looks."""

@@ -24,12 +24,12 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from itprune.bench.shapes import build_model, find_shape, make_batch, set_train_mode
 from itprune.bench.timing import median, use_threads
 from itprune.bench.variants import train_variants
-from train.arguments import ROOT
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
 from train.model import load_processor
-from train.sections import DataSection
+from train.recipe.arguments import ROOT
+from train.recipe.sections import DataSection
 
 BASE = "assets/tiny-llava"
 VARIANT = "two_stage_packed"

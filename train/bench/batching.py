@@ -1,7 +1,7 @@
 """What batching by kept tokens is worth: whole runs with it and with a fixed number of samples.
 
-    python -m train.batching                        # two processes, pruned and packed
-    python -m train.batching --processes 1 --dense  # where padding is what is saved
+    python -m train.bench.batching                        # two processes, pruned and packed
+    python -m train.bench.batching --processes 1 --dense  # where padding is what is saved
 
 The data is skewed as instruction data is: many short samples, few long ones, few with several
 images. Both kinds of run see about one epoch, as many kept tokens a step on average, through the
@@ -31,13 +31,13 @@ from PIL import Image
 
 from itprune.bench.record import versions
 from itprune.bench.shapes import find_shape
-from train.arguments import ROOT
 from train.data.batches import Budget, Ranks, TokenBatches
 from train.data.collate import Collator
 from train.data.dataset import build_dataset
 from train.data.encode import Encoder
 from train.model import load_processor
-from train.sections import DataSection
+from train.recipe.arguments import ROOT
+from train.recipe.sections import DataSection
 
 TOKENIZER = ROOT / "assets/tiny-llava"
 WORDS = ("red", "green", "blue", "seven", "three", "circle", "square", "left", "right", "above")
@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.batching",
+        prog="python -m train.bench.batching",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from train.doctor import Findings
-from train.forecast import Kept, Spread, Survey
-from train.memory import Memory
-from train.room import Batches, Disk
+from train.doctor.examine import Findings
+from train.doctor.forecast import Kept, Spread, Survey
+from train.doctor.memory import Memory
+from train.doctor.room import Batches, Disk
 
 WIDTH = 100
 LABEL = 10

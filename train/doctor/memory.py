@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from itprune.families import find_family
-from train.arguments import find_file
-from train.config import Recipe
 from train.model import base_of
+from train.recipe.arguments import find_file
+from train.recipe.config import Recipe
 
 GB = 1 << 30
 OVERHEAD = GB

@@ -1,0 +1,1 @@
+"""Measures of training on this machine: `python -m train.bench.batching`, `….scale`."""

@@ -1,0 +1,1 @@
+"""`itprune doctor CONFIG`: what a recipe would do here, told without training."""

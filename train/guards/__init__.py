@@ -1,0 +1,1 @@
+"""What keeps a run from ending badly: complete checkpoints, sick losses, lost processes."""
