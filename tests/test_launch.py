@@ -1,4 +1,4 @@
-"""launch/train.py and who starts it; what it trains under each launcher is in tests/dist."""
+"""launch/train.py and who starts it; what it trains under each launcher is in tests/distributed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.dist.starting import environment
+from tests.distributed.starting import environment
 from tests.train.helpers import losses, recipe_values, write_data, write_recipe
 from train.launcher import Launch, check_world, deepspeed_config, read_launch
 

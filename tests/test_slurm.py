@@ -30,8 +30,10 @@ def submit(
     tmp_path: Path, script: str, *words: str, dry: bool = True, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """What sbatch does with a script, its two helpers replaced."""
-    tools = tmp_path / "bin"
+    tools, project = tmp_path / "bin", tmp_path / "project"
     tools.mkdir()
+    project.mkdir()
+    (project / "launch").symlink_to(ROOT / "launch")
     launchers = 'echo "ran: $(basename "$0") $*"'
     files = {"scontrol": SCONTROL, "srun": SRUN}
     files |= dict.fromkeys(("deepspeed", "accelerate"), f"#!/usr/bin/env bash\n{launchers}\n")
@@ -39,7 +41,7 @@ def submit(
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     slurm = {
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(project),
         "SLURM_JOB_NODELIST": "cluster[1-2]",
         "SLURM_JOB_ID": "1234567",
         "SLURM_GPUS_ON_NODE": "4",
@@ -75,14 +77,14 @@ def test_deepspeed_on_every_node(tmp_path: Path, dry: bool) -> None:
     assert done.returncode == 0, done.stderr
     said = "" if dry else "ran: "
     for rank, line in enumerate(done.stdout.splitlines()):
-        before, _, rest = line.partition(str(ROOT / ".hostfile."))
+        before, _, rest = line.partition(str(tmp_path / "project/.hostfile."))
         assert before == f"{said}deepspeed --node_rank {rank} --no_ssh --hostfile "
         assert rest.split(" ", 1)[1] == (
             f"--master_addr alpha --master_port 34567 launch/train.py {CONFIG} prune.keep=0.3"
         )
     assert len(done.stdout.splitlines()) == 2
     assert (tmp_path / "bin/hostfile").read_text() == "alpha slots=4\nbeta slots=4\n"
-    assert not list(ROOT.glob(".hostfile.*"))
+    assert not list((tmp_path / "project").glob(".hostfile.*"))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from train.guards.faults import forget_children
 from train.recipe.arguments import find_file
 from train.recipe.contradictions import need
 
@@ -142,8 +142,7 @@ def leave(status: int) -> None:
     Everything is written and the process group closed by now, but on a CPU gloo's native threads
     can still be running, and tearing them down then aborts a rank that has done its work.
     """
-    if sys.platform != "win32":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise when a worker ends
+    forget_children()
     for child in multiprocessing.active_children():
         child.kill()  # data workers, which do not hear the request to end that comes at exit
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

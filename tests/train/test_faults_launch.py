@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.dist.starting import ROOT, command, environment
+from tests.distributed.starting import ROOT, command, environment
 from tests.train.helpers import losses, recipe_values, write_data, write_recipe
 from train.guards.complete import flaw
 from train.launcher import Launch

@@ -1,12 +1,13 @@
 """Plan: which samples make the batches of a step, for all ranks at once.
 
 A pure function of the samples' order and their estimated costs, so every rank computes the same
-plan and takes its own batches out of it. Samples wait in the order they were drawn; the one that
-has waited longest is always in the next step, so none is left behind.
+plan and takes its own batches out of it. Samples wait in the order they were drawn; a step takes
+the one that has waited longest and those nearest to it in length, so none is left behind.
 
-Packed rows cost the sum of their tokens: a step is filled in order, each sample into the emptiest
-batch, and then spread anew, the longest first. Padded rows cost the longest one for each sample: a
-step takes the sample that has waited longest and those nearest to it in length.
+A step of like samples is even in all that takes time. Packed rows cost the sum of their kept
+tokens, but encoder and projector work on every token, and the host model makes one tensor of all
+rows, as long as the longest: many short samples beside one with six images would mostly pay for
+padding. Padded rows cost the longest one for each sample.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from train.data.lengths import Cost, Lengths, Outline, margin
 
-PATIENCE = 32
-"""Samples that may be put off before a step counts as full."""
+PATIENCE = 8
+"""Samples that may not fit before a packed step counts as full."""
 SPREAD = 8
-"""Steps that the samples waiting for padded batches would fill."""
+"""Steps that the waiting samples would fill."""
 
 
 class Drawn(NamedTuple):
@@ -35,21 +37,27 @@ class Drawn(NamedTuple):
     outline: Outline
 
 
-class Priced(NamedTuple):
-    """A sample and its cost."""
+@dataclass(frozen=True)
+class Priced:
+    """A waiting sample."""
 
-    cost: Cost
     drawn: Drawn
+    cost: Cost
+    full: float
+    """Its tokens before pruning, by which like samples are found."""
+
+
+Batches = list[list[Priced]]
 
 
 @dataclass
-class Batch:
+class Packed:
     """A packed batch in the making."""
 
     limit: int
     tokens: float = 0.0
     variance: float = 0.0
-    samples: list[Drawn] = field(default_factory=list)
+    samples: list[Priced] = field(default_factory=list)
 
     def takes(self, cost: Cost) -> bool:
         """Whether the sample fits; an empty batch takes any."""
@@ -59,7 +67,7 @@ class Batch:
     def add(self, sample: Priced) -> None:
         self.tokens += sample.cost.tokens
         self.variance += sample.cost.variance
-        self.samples.append(sample.drawn)
+        self.samples.append(sample)
 
 
 class Draws:
@@ -123,92 +131,85 @@ def plan_step(
     Returns:
         As many batches; none is empty, none above the limit but for a single sample.
     """
-    make = _packed if packed else _padded
-    return make(draws, lambda drawn: lengths.cost(drawn.outline, share), limit, batches)
+
+    def price(drawn: Drawn) -> Priced:
+        full = lengths.cost(drawn.outline, 1.0).tokens
+        return Priced(drawn, lengths.cost(drawn.outline, share), full)
+
+    fill = partial(_fill_packed if packed else _fill_padded, limit=limit, batches=batches)
+    return _plan(draws, price, batches * limit, fill)
 
 
-Pricing = Callable[[Drawn], Cost]
-
-
-def _packed(draws: Draws, price: Pricing, limit: int, batches: int) -> list[list[Drawn]]:
-    full = _Emptiest(limit, batches)
-    old = iter(draws.waiting)
-    aside: list[Drawn] = []
-    taken: list[Priced] = []
-    while len(aside) < PATIENCE:
-        drawn = next(old, None) or draws.draw()
-        sample = Priced(price(drawn), drawn)
-        if full.put(sample):
-            taken.append(sample)
-        else:
-            aside.append(drawn)
-    draws.waiting = [*aside, *old]
-    even = _Emptiest(limit, batches)
-    taken.sort(key=lambda sample: -sample.cost.tokens)
-    fits = all(even.put(sample) for sample in taken)
-    return (even if fits else full).contents()
-
-
-class _Emptiest:
-    """Batches of which the emptiest is filled first."""
-
-    def __init__(self, limit: int, batches: int) -> None:
-        self.batches = [Batch(limit) for _ in range(batches)]
-        self.heap = [(0.0, i) for i in range(batches)]
-
-    def put(self, sample: Priced) -> bool:
-        """Whether there was room."""
-        batch = self.batches[self.heap[0][1]]
-        if not batch.takes(sample.cost):
-            return False
-        batch.add(sample)
-        heapq.heapreplace(self.heap, (batch.tokens, self.heap[0][1]))
-        return True
-
-    def contents(self) -> list[list[Drawn]]:
-        return [batch.samples for batch in self.batches]
-
-
-def _padded(draws: Draws, price: Pricing, limit: int, batches: int) -> list[list[Drawn]]:
-    waiting = [Priced(price(drawn), drawn) for drawn in draws.waiting]
+def _plan(
+    draws: Draws,
+    price: Callable[[Drawn], Priced],
+    budget: float,
+    fill: Callable[..., Batches | None],
+) -> list[list[Drawn]]:
+    """Takes from the samples waiting, the oldest among them, whatever `fill` makes of like ones."""
+    waiting = [price(drawn) for drawn in draws.waiting]
     total = sum(_widest(sample) for sample in waiting)
     while True:
-        while not waiting or total < SPREAD * batches * limit:
-            drawn = draws.draw()
-            waiting.append(Priced(price(drawn), drawn))
+        while not waiting or total < SPREAD * budget:
+            waiting.append(price(draws.draw()))
             total += _widest(waiting[-1])
-        by_length = sorted(range(len(waiting)), key=lambda i: (_widest(waiting[i]), i))
-        widths = [_widest(waiting[i]) for i in by_length]
-        oldest = by_length.index(0)
-        starts = range(oldest, len(widths))
-        first = bisect_left(starts, True, key=lambda s: _cut(widths, s, limit, batches) is not None)
-        if first < len(starts):
+        batches = _from_oldest(waiting[0], waiting[1:], fill)
+        if batches is not None:
             break
-        total -= batches * limit  # too few for whole batches: a few more
-    spans = _cut(widths, starts[first], limit, batches)
-    assert spans is not None
-    chosen = [by_length[start:end] for start, end in spans]
-    gone = {i for places in chosen for i in places}
-    draws.waiting = [sample.drawn for i, sample in enumerate(waiting) if i not in gone]
-    return [[waiting[i].drawn for i in sorted(places)] for places in chosen]
+        total -= budget  # too few for whole batches: a few more
+    gone = {id(sample) for batch in batches for sample in batch}
+    draws.waiting = [sample.drawn for sample in waiting if id(sample) not in gone]
+    return [[sample.drawn for sample in batch] for batch in batches]
+
+
+def _from_oldest(
+    oldest: Priced, others: Sequence[Priced], fill: Callable[..., Batches | None]
+) -> Batches | None:
+    """A step of the oldest sample and those next shorter than it, or as many longer ones as it
+    takes where too few are shorter."""
+    ranked = sorted(others, key=lambda sample: -sample.full)
+    place = bisect_left(ranked, -oldest.full, key=lambda sample: -sample.full)
+    more = bisect_left(
+        range(place + 1), True, key=lambda n: fill([oldest, *ranked[place - n :]]) is not None
+    )
+    return None if more > place else fill([oldest, *ranked[place - more :]])
+
+
+def _fill_packed(ranked: Sequence[Priced], limit: int, batches: int) -> Batches | None:
+    """Each sample into the emptiest batch, the longest first; None: too few to fill them."""
+    made = [Packed(limit) for _ in range(batches)]
+    heap = [(0.0, i) for i in range(batches)]
+    misses = 0
+    for sample in ranked:
+        batch = made[heap[0][1]]
+        if batch.takes(sample.cost):
+            batch.add(sample)
+            heapq.heapreplace(heap, (batch.tokens, heap[0][1]))
+            continue
+        misses += 1
+        if misses > PATIENCE:
+            return [batch.samples for batch in made]
+    return None
+
+
+def _fill_padded(ranked: Sequence[Priced], limit: int, batches: int) -> Batches | None:
+    """Neighbours, as many as fit beside the longest of them; None: too few for whole batches."""
+    made: Batches = []
+    start = 0
+    for _ in range(batches):
+        end = start
+        widest = 0.0
+        while end < len(ranked):
+            widest = max(widest, _widest(ranked[end]))
+            if end > start and (end - start + 1) * widest > limit:
+                break
+            end += 1
+        else:
+            return None
+        made.append(list(ranked[start:end]))
+        start = end
+    return made
 
 
 def _widest(sample: Priced) -> float:
     return sample.cost.tokens + margin(sample.cost.variance)
-
-
-def _cut(
-    widths: Sequence[float], longest: int, limit: int, batches: int
-) -> list[tuple[int, int]] | None:
-    """Whole batches of neighbours downwards from place `longest`, as spans; None: too few."""
-    spans = []
-    end = longest + 1
-    for _ in range(batches):
-        if end <= 0:
-            return None
-        start = end - max(1, int(limit // widths[end - 1]))
-        if start < 0:
-            return None
-        spans.append((start, end))
-        end = start
-    return spans

@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import pickle
 import shutil
+import signal
+import sys
+import threading
 import traceback
 import zipfile
 from pathlib import Path
@@ -67,6 +70,12 @@ def lost_worker(error: BaseException, fetching: bool) -> bool:
         return True
     broken = isinstance(error, ConnectionError | EOFError)
     return fetching and broken and not message.startswith("Caught")  # by a worker that lives
+
+
+def forget_children() -> None:
+    """The end of a data worker is no news once a run is ending: torch would raise it anywhere."""
+    if threading.current_thread() is threading.main_thread() and sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def lost_peer(error: BaseException) -> bool:

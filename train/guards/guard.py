@@ -26,6 +26,7 @@ from train.guards.faults import (
     Fault,
     damaged,
     first_line,
+    forget_children,
     lost_peer,
     lost_worker,
     not_written,
@@ -148,6 +149,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 except Fault:
                     raise
                 except (Exception, KeyboardInterrupt) as error:
+                    forget_children()
                     self.progress.moved = time.monotonic()
                     self._explain(error, watchdog)
                     raise

@@ -1,6 +1,6 @@
 """Several runs of launch/train.py in one start of a launcher, which is most of a short run's time.
 
-    deepspeed --num_gpus 2 tests/dist/several.py JOBS.json
+    deepspeed --num_gpus 2 tests/distributed/several.py JOBS.json
 
 Every process that the launcher starts reads the same list and does one job after the other: a fork
 of itself with the launcher's environment and a port of its own runs launch/train.py. What a
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from transformers import AutoModelForImageTextToText  # noqa: F401
 
     import train.run  # noqa: F401
-    from tests.dist.counting import counting
+    from tests.distributed.counting import counting
 
     for job in json.loads(jobs.read_text()):
         name = f"{job['name']}.{os.environ.get('RANK', '0')}"

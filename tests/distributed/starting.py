@@ -1,4 +1,4 @@
-"""Starts a launcher once for many jobs (tests/dist/several.py) and reads what became of them."""
+"""Starts a launcher once for many jobs (tests/distributed/several.py) and tells what came of it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def start(folder: Path, kind: str, recipe: Path, jobs: Sequence[Job]) -> dict[st
     (folder / "jobs.json").write_text(json.dumps(listed, indent=1))
     with (folder / "launcher.log").open("w") as log:
         process = subprocess.Popen(
-            [*words, "tests/dist/several.py", str(folder / "jobs.json")],
+            [*words, "tests/distributed/several.py", str(folder / "jobs.json")],
             cwd=ROOT,
             env=environment(),
             stdout=log,

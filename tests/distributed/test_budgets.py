@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.conftest import Runs
+from tests.distributed.conftest import Runs
 from tests.train.helpers import history
 
 TOLERANCE = 1e-4

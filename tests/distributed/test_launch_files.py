@@ -11,8 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from deepspeed.launcher.runner import fetch_hostfile
 
-from tests.dist.matrix import LAUNCHERS
-from tests.dist.starting import ROOT
+from tests.distributed.matrix import LAUNCHERS
+from tests.distributed.starting import ROOT
 from train.fsdp import fsdp_options, set_plan
 from train.launcher import Launch
 

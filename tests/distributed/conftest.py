@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.matrix import jobs
-from tests.dist.starting import Done, Job, start
+from tests.distributed.matrix import jobs
+from tests.distributed.starting import Done, Job, start
 from tests.train.helpers import recipe_values, write_data, write_recipe
 
 Runs = Callable[[str], dict[str, Done]]

@@ -1,6 +1,6 @@
 """What trains under which launcher, as data: the table of docs/training.md and its tests' cells.
 
-    python -m tests.dist.matrix
+    python -m tests.distributed.matrix
 
 Every mode runs with a method that is a danger to ranks that have to meet: trained parts that need
 an image, counts that differ, a keep drawn anew each step, an early exit, narrower layers.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.dist.starting import Job
+from tests.distributed.starting import Job
 
 STEPS = 4
 EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=4")
@@ -40,7 +40,7 @@ class Launcher:
 
     title: str
     kind: str
-    """Of tests/dist/starting.py, without the processes."""
+    """Of tests/distributed/starting.py, without the processes."""
     says: str
     """What the run's first line tells of it."""
     overrides: tuple[str, ...] = ()

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from itprune import checkpoint
-from tests.dist.conftest import Runs
-from tests.dist.matrix import CELLS, LAUNCHERS, Cell, table
-from tests.dist.starting import ROOT
+from tests.distributed.conftest import Runs
+from tests.distributed.matrix import CELLS, LAUNCHERS, Cell, table
+from tests.distributed.starting import ROOT
 from tests.train.helpers import losses
 
 TOLERANCE = 1e-4
