@@ -12,6 +12,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +85,8 @@ def _deepspeed(folder: Path) -> dict[str, Tensor]:
     """Trained weights from the optimizer's shards; frozen ones, which ZeRO-1 and 2 leave out of
     those, from the model's own file."""
     inside = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    if escape(str(inside)) != str(inside):  # DeepSpeed would read what the pattern matches
+        raise pickle.UnpicklingError(f"the name {str(inside)!r} is a pattern; rename the folder")
     files = sorted(inside.glob("*_states.pt"))
     for file in files:
         strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - KNOWN

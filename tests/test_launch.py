@@ -91,6 +91,9 @@ def test_who_runs_deepspeed() -> None:
         deepspeed_config({"deepspeed": "none.json"}, by_it)
     with pytest.raises(ValueError, match="in one place only"):
         deepspeed_config(named, Launch(2, 0, False, True))
+    with pytest.raises(ValueError, match=r"trainer.deepspeed: .* asks for FSDP.*deepspeed=null"):
+        deepspeed_config(named, Launch(2, 0, False, False, accelerate_fsdp="2"))
+    assert deepspeed_config({}, Launch(2, 0, False, False, accelerate_fsdp="2")) is None
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused() -> None:

@@ -19,6 +19,7 @@ from itprune.families import find_family
 from train.launcher import Launch
 from train.model import base_of
 from train.recipe.arguments import find_file
+from train.recipe.contradictions import BITS
 
 VERSION = "2"
 
@@ -30,8 +31,8 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
     serves all launchers.
 
     Raises:
-        ValueError: the first version of FSDP, FSDP beside DeepSpeed or named twice, mode router, or
-            a file that is not there.
+        ValueError: the first version of FSDP, FSDP beside DeepSpeed or named twice, mode router, an
+            optimizer of bitsandbytes, or a file that is not there.
     """
     named = bool(trainer.get("fsdp"))
     if launch.accelerate_fsdp is None and not named:
@@ -57,6 +58,12 @@ def fsdp_options(trainer: Mapping[str, Any], launch: Launch, mode: str) -> dict[
         raise ValueError(
             "model.mode: router trains beside the model's own forward, where FSDP adds up no "
             "gradients; use launch/accelerate/multi_gpu.yaml or DeepSpeed"
+        )
+    optimizer = str(trainer.get("optim", ""))
+    if any(word in optimizer for word in BITS):
+        raise ValueError(
+            f"trainer.optim: {optimizer} is of bitsandbytes, which cannot step on weights that "
+            "FSDP2 has sharded; use adamw_torch, or DeepSpeed"
         )
     return {"fsdp_config": dict(config)} if named else {}  # transformers adds to it
 

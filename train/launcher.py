@@ -72,7 +72,8 @@ def deepspeed_config(trainer: Mapping[str, Any], launch: Launch) -> str | dict[s
     by plain `python` runs without, so that one recipe serves all launchers.
 
     Raises:
-        ValueError: the file does not exist, or accelerate brings a second configuration.
+        ValueError: the file does not exist, or accelerate brings a second configuration
+            or FSDP.
     """
     named = trainer.get("deepspeed")
     if launch.accelerate_deepspeed:
@@ -82,6 +83,11 @@ def deepspeed_config(trainer: Mapping[str, Any], launch: Launch) -> str | dict[s
                 "one place only"
             )
         return None
+    if named is not None and launch.accelerate_fsdp is not None:
+        raise ValueError(
+            "trainer.deepspeed: accelerate's file already asks for FSDP; a run has one of them, "
+            "so set trainer.deepspeed=null or use another file"
+        )
     if named is None and launch.by_deepspeed:
         named = ZERO2
     if named is None or (launch.processes == 1 and not launch.by_deepspeed):

@@ -158,6 +158,20 @@ def test_pickles_that_are_no_shards_are_refused_unread(
     assert not (tmp_path / "harmed").exists()
 
 
+def test_a_pattern_in_place_of_a_folder_of_shards_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, held in (("step[1]", {}), ("step1", Harm())):  # DeepSpeed would unpickle the second
+        (tmp_path / name).mkdir()
+        torch.save({"module": held}, tmp_path / name / "mp_rank_00_model_states.pt")
+        torch.save({"optimizer_state_dict": held}, tmp_path / name / "zero_optim_states.pt")
+    (tmp_path / shards.LATEST).write_text("step[1]")
+    with pytest.raises(ValueError, match=r"is a pattern; rename the folder"):
+        shards.read_shards(tmp_path)
+    assert not (tmp_path / "harmed").exists()
+
+
 # -------------------------------------------------------------------------- shards of a real run
 def only_shards(folder: Path, to: Path) -> Path:
     """A copy without the weights that our own trainer puts beside the shards."""

@@ -60,6 +60,7 @@ def test_who_runs_fsdp() -> None:
     assert fsdp_options({}, TWO, "lora") == {}
     assert fsdp_options({}, BY_FILE, "lora") == {}
     assert fsdp_options(named, TWO, "lora") == {"fsdp_config": named["fsdp_config"]}
+    assert fsdp_options({"optim": "adamw_8bit"}, TWO, "lora") == {}
     assert fsdp_options(named, ALONE, "lora") == {"fsdp": None, "fsdp_config": None}
 
 
@@ -71,6 +72,8 @@ def test_who_runs_fsdp() -> None:
         ({}, Launch(2, 0, False, False, accelerate_fsdp="1"), "set fsdp_version: 2"),
         ({"fsdp": "true", "deepspeed": "a.json"}, TWO, "runs without trainer.deepspeed"),
         ({"fsdp": "true", "fsdp_config": "none.json"}, TWO, "fsdp_config: no such file: none.json"),
+        ({"fsdp": "true", "optim": "adamw_bnb_8bit"}, TWO, "trainer.optim: adamw_bnb_8bit is of"),
+        ({"optim": "paged_adamw_8bit"}, BY_FILE, "trainer.optim: paged_adamw_8bit is of"),
     ],
 )
 def test_fsdp_that_cannot_be_is_refused(

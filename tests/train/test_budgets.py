@@ -188,6 +188,20 @@ def test_scores_are_those_of_whole_logits(tiny_llava_folder: Path, tmp_path: Pat
     assert (dense - found[1.0]).abs().max() < 1e-4
 
 
+def test_a_sample_that_supervises_nothing_is_not_right(
+    tiny_llava_folder: Path, tmp_path: Path
+) -> None:
+    data = DataSection(train=(str(write_data(tmp_path, 2)),), workers=0)
+    loaded = load_pretrained(tiny_llava_folder)
+    rows = build_dataset(data, data.train, Encoder(loaded.processor, 2048))
+    batch = Collator(0)([rows[i] for i in range(2)])
+    inputs = {k: v for k, v in batch.items() if k not in (BAD, PLACES)}
+    inputs["labels"][0] = -100
+    found = Evaluation(loaded.attached).score(loaded.model, inputs)
+    assert found[0].tolist() == [0, 0, 0]
+    assert found[1, 1] > 0
+
+
 # --------------------------------------------------------------------------------- contradictions
 @pytest.mark.parametrize(
     ("overrides", "message"),

@@ -40,6 +40,11 @@ def test_sections_become_typed_values(recipe: Path) -> None:
     assert loaded.trainer["learning_rate"] == pytest.approx(1e-4)
 
 
+def test_an_entry_of_a_list_is_where_the_list_is(recipe: Path) -> None:
+    with pytest.raises(ValueError, match=r"^command line: prune.keep\[1\]: must be a fraction"):
+        load_recipe(recipe, ["prune.keep=[0.2, 0]"])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

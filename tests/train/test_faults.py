@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.train.helpers import losses, recipe_values, turn, write_data, write_recipe
@@ -146,6 +147,18 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert steps() == [8]
 
 
+def test_a_damaged_checkpoint_does_not_count_as_the_newest(tmp_path: Path) -> None:
+    for step in (4, 6, 5):  # 5 is written by the run that passed over 6
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("whole")
+        seal(folder)
+        if step == 6:
+            cut(folder / "weights")
+    remove_old(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
 # ------------------------------------------------------------------------- no room to write
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
@@ -269,6 +282,24 @@ def test_only_a_loss_far_above_the_usual_has_exploded() -> None:
     assert step(500.0).illness is None  # a sum, not a mean: nothing to compare it with
     assert step(900.0).illness is None
     assert step(80_000.0).illness is not None
+
+
+def test_a_tiny_loss_that_jumps_has_not_exploded() -> None:
+    _, step = health()
+    for loss in (0.01, 0.01, 50.0):  # 5,000 times the median, but no more than guessing costs
+        assert step(loss).illness is None
+
+
+def test_weights_that_do_not_fill_their_file_are_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    save_file({"weight": torch.ones(4)}, path)
+    seal(folder)
+    assert flaw(folder) is None
+    path.write_bytes(path.read_bytes() + bytes(8))
+    seal(folder)  # its list agrees, its table of contents does not
+    assert flaw(folder) == "model.safetensors is damaged: its weights do not fill it"
 
 
 def test_float16_may_overflow() -> None:

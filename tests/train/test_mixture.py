@@ -51,6 +51,12 @@ def test_no_sample_comes_again_before_all_others_of_its_entry() -> None:
     assert len(np.flatnonzero(np.diff(entries))) > 40  # well shuffled, not one behind the other
 
 
+def test_entries_take_turns_otherwise_in_every_epoch() -> None:
+    mixture = Mixture([50, 50], [1, 1], ["a", "b"])
+    first, second = (mixture.order(0, epoch) < 50 for epoch in (0, 1))
+    assert (first != second).any()
+
+
 def test_a_walk_goes_on_where_it_stopped() -> None:
     whole = walk(7, 0, 40, (1, 2))
     parts = [walk(7, start, count, (1, 2)) for start, count in ((0, 3), (3, 14), (17, 23))]

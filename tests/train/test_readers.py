@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from train.data.images import MAX_DATA, MAX_PIXELS, ImageOpener
 from train.data.llava import LlavaRecords, llava_sample
 from train.data.messages import JsonlRecords, record_sample
 from train.data.sample import BadSample, LostSource, Sample, Turn
+from train.data.tar import TarPart
 from train.recipe.sections import DataSection
 
 ASKED = [turn("human", "<image>\nWhat?"), turn("gpt", "A dog.")]
@@ -109,6 +112,20 @@ def test_a_broken_line_of_jsonl_is_one_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="not valid JSON"):
         records.sample(1)
     assert records.sample(2).images == ()
+
+
+def test_half_a_character_and_endless_numbers_are_bad_samples(tmp_path: Path) -> None:
+    for content in ("cut \ud83d", [{"type": "text", "text": "cut \ud83d"}]):
+        asked = {"role": "user", "content": content}
+        with pytest.raises(BadSample, match="half a character"):
+            record_sample({"messages": [asked, {"role": "assistant", "content": "b"}]})
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"id": ' + "1" * 5000 + "}")
+    with pytest.raises(BadSample, match="a number is too long"):
+        JsonlRecords(path).sample(0)
+    (tmp_path / "d.json").write_text('[{"id": ' + "1" * 5000 + "}]")
+    with pytest.raises(ValueError, match=r"d\.json:1: not valid JSON \(a number is too long"):
+        LlavaRecords(tmp_path / "d.json")
 
 
 def test_a_llava_file_larger_than_what_is_held_of_it(tmp_path: Path) -> None:
@@ -225,8 +242,26 @@ def test_unreadable_and_enormous_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:1000])
     with pytest.raises(BadSample, match="unreadable image"):
         opener("cut.png")
+    odd = io.BytesIO()  # whose decoder raises what is no OSError
+    Image.new("RGBA", (8, 8)).save(odd, "DDS")
+    with pytest.raises(BadSample, match="unreadable image"):
+        opener(odd.getvalue()[:80] + bytes(48) + odd.getvalue()[128:])
+    with pytest.raises(BadSample, match="is no path"):
+        opener("iVBORw0KGgo" * 100)  # base64 without its address
     assert opener(whole.read_bytes()).size == (64, 64)
     assert opener({"bytes": None, "path": "whole.png"}).size == (64, 64)
+
+
+def test_no_program_of_the_data_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(BadSample, match="EPS is a program"):
+        ImageOpener(tmp_path, strict=True)("a.jpg")
+    assert not ran.exists()
 
 
 def test_an_address_that_carries_its_data_is_read(tmp_path: Path) -> None:
@@ -264,3 +299,31 @@ def test_an_image_column_stays_undecoded(tmp_path: Path) -> None:
     (image,) = records.sample(0).images
     assert isinstance(image["bytes"], bytes)
     assert ImageOpener(tmp_path, strict=True)(image).size == (7, 6)
+
+
+@pytest.mark.parametrize("harm", ["cut", "header", "size", "sparse", None])
+def test_what_is_lost_of_a_shard_is_told(tmp_path: Path, harm: str | None) -> None:
+    path, content = tmp_path / "a.tar", json.dumps({"conversations": []}).encode()
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("first", "second"):
+            member = tarfile.TarInfo(f"{name}.json")
+            member.size = len(content)
+            if harm == "sparse" and name == "second":
+                member.pax_headers = {"GNU.sparse.map": "0,10", "GNU.sparse.size": str(2**42)}
+            archive.addfile(member, io.BytesIO(content))
+    data = bytearray(path.read_bytes())
+    if harm == "cut":
+        del data[1024:]
+    if harm == "header":
+        data[1024 + 148 : 1024 + 156] = b"x" * 8
+    if harm == "size":
+        data[1024 + 124 : 1024 + 136] = b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7
+        header = bytes(data[1024 : 1024 + 148]) + b" " * 8 + bytes(data[1024 + 156 : 1536])
+        data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data)
+    found = []
+    for ticket in TarPart(path).tickets():
+        with pytest.raises(BadSample) as caught:
+            ticket().sample()
+        found.append("archive ends" in str(caught.value))
+    assert found == {None: [False, False], "sparse": [False]}.get(harm, [False, True])

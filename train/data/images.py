@@ -22,6 +22,8 @@ from train.data.sample import BadSample
 DATA = "data:"
 MAX_DATA = 64 * 1024 * 1024
 """Characters of a data address."""
+PROGRAMS = ("EPS",)
+"""Formats that Pillow would hand to an interpreter (Ghostscript), whatever the file is called."""
 
 
 class ImageOpener:
@@ -52,7 +54,11 @@ class ImageOpener:
         if image.startswith(DATA):
             return _open(io.BytesIO(_data(image)), "an image of the record")
         path = self.locate(image)
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # bare base64 in place of a name is too long for one
+            raise BadSample(f"image {image[:40]!r} is no path ({error.strerror})") from None
+        if not there:
             raise BadSample(f"missing image {path}")
         return _open(path, str(path))
 
@@ -89,7 +95,7 @@ def _open(source: Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
         return _checked(image, name)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         if isinstance(error, BadSample):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -100,4 +106,6 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
     """Size first, pixels afterwards: the header alone must not make us decode gigabytes."""
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"{name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    if image.format in PROGRAMS:
+        raise BadSample(f"unreadable image {name} ({image.format} is a program, not a picture)")
     return image.convert("RGB")

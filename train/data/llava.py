@@ -109,6 +109,8 @@ class _Scan:
                     self._refuse(place, error.msg)
             except RecursionError:
                 self._refuse(self._place, "nested too deeply")
+            except ValueError:  # of int(), which takes no more digits
+                self._refuse(self._place, "a number is too long")
             else:
                 if end < len(self.text) or not self._more(CHUNK):
                     return end

@@ -18,6 +18,7 @@ from train.data.sample import (
     BadSample,
     Sample,
     Turn,
+    check_text,
     image_list,
     role_of,
     split_text,
@@ -58,6 +59,8 @@ def json_record(data: bytes) -> Any:
         raise BadSample("not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise BadSample(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    except ValueError:  # of int(), which takes no more digits
+        raise BadSample("not valid JSON (a number is too long)") from None
     except RecursionError:
         raise BadSample("not valid JSON (nested too deeply)") from None
 
@@ -91,6 +94,7 @@ def _parts(content: Any) -> tuple[str, ...]:
         elif kind == "text" and isinstance(item.get("text"), str):
             if IMAGE in item["text"]:
                 raise BadSample(f"{IMAGE} inside a text item; write an item of type image")
+            check_text(item["text"])
             parts.append(item["text"])
         else:
             raise BadSample("a content item must be {type: text, text} or {type: image}")

@@ -86,6 +86,7 @@ def split_text(text: Any) -> tuple[str, ...]:
     """Splits a text at its image places; line breaks around a place belong to the place."""
     if not isinstance(text, str):
         raise BadSample(f"a message must be text, got {type(text).__name__}")
+    check_text(text)
     parts: list[str] = []
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
@@ -93,6 +94,14 @@ def split_text(text: Any) -> tuple[str, ...]:
         if piece.strip():
             parts.append(piece.strip())
     return tuple(parts)
+
+
+def check_text(text: str) -> None:
+    """Refuses half a character: JSON can hold one where a text was cut, a tokenizer cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("a message holds half a character (a lone surrogate)") from None
 
 
 def image_list(images: Any) -> tuple[Any, ...]:

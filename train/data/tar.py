@@ -52,18 +52,20 @@ class TarPart:
         try:
             for member in archive:
                 found = key_of(member.name)[0]
-                if not member.isfile():
+                if not member.isfile() or member.issparse():  # few bytes may stand for terabytes
                     continue
                 if members and found != key:
                     yield key, members
                     members = []
                 key = found
                 members.append(member)
-        except tarfile.ReadError:
-            members = []
-            yield key, members
+            whole = _ends(archive)
+        except (tarfile.ReadError, ValueError, OverflowError):  # a place no file can have
+            whole, members = False, []
         if members:
             yield key, members
+        if not whole:
+            yield key, []
 
     def _read(self, archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]) -> Raw:
         where = f"{self.path}, {key}"
@@ -139,6 +141,14 @@ def kind_of(name: str) -> str | None:
     """json, an image's ending, or None for a member that is not read."""
     ending = name.rpartition(".")[2].lower()
     return ending if ending == RECORD or ending in PICTURES else None
+
+
+def _ends(archive: tarfile.TarFile) -> bool:
+    """Whether the mark of an archive's end stands where its last member ends: `tarfile` takes a
+    damaged header, or the end of the file, for one."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

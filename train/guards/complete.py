@@ -81,7 +81,7 @@ def remove_old(output: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     found = checkpoints(output)
-    whole = [folder for folder in found if (folder / COMPLETE).is_file()]
+    whole = [folder for folder in found if flaw(folder) is None]  # a listed file may be cut short
     left = whole[:1] + [folder for folder in whole[1:] if best and folder.samefile(best)]
     left += [folder for folder in whole if folder not in left][: max(limit - len(left), 0)]
     for folder in found:

@@ -27,6 +27,7 @@ class Source:
 
     def where(self, key: str) -> str:
         """The place of a dotted key: "command line" or FILE:LINE of the closest known key."""
+        key = key.partition("[")[0]  # a list has one place, not one for each entry
         while key:
             if key in self._overridden:
                 return "command line"
