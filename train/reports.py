@@ -7,6 +7,7 @@ folder. The others write into the working directory or the home folder if nobody
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,13 @@ own to it). A Trainer pushes nothing to the hub whose name begins with `_`: such
 machine."""
 
 
-def prepare_reports(args: Any) -> None:
-    """Checks `trainer.report_to` before anything is loaded, and says where logs go.
-
-    Args:
-        args: the TrainingArguments. Variables of the environment that are set already stay.
+def check_reports(names: Sequence[str]) -> None:
+    """Checks `trainer.report_to`.
 
     Raises:
         ValueError: a name transformers does not know, or whose package is not installed.
     """
-    for name in args.report_to:
+    for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(PACKAGES))
             raise ValueError(f"trainer.report_to: unknown name {name!r}; choose from: {known}")
@@ -49,6 +47,19 @@ def prepare_reports(args: Any) -> None:
                 f"trainer.report_to: {name} needs the package {package}, which is not installed; "
                 f"`pip install {package.replace('_', '-')}`, or report to something else"
             )
+
+
+def prepare_reports(args: Any) -> None:
+    """Checks `trainer.report_to` before anything is loaded, and says where logs go.
+
+    Args:
+        args: the TrainingArguments. Variables of the environment that are set already stay.
+
+    Raises:
+        ValueError: of `check_reports`.
+    """
+    check_reports(args.report_to)
+    for name in args.report_to:
         if name in FOLDERS:
             variable, folder = FOLDERS[name]
             home = Path(args.output_dir).resolve() / folder

@@ -83,9 +83,7 @@ def run(
 
     processor = load_processor(recipe.model.path)
     encoder = Encoder(processor, recipe.data.max_length)
-    tokenizer = processor.tokenizer
-    pad = tokenizer.pad_token_id
-    collator = Collator(tokenizer.eos_token_id if pad is None else pad)
+    collator = Collator.of(processor)
     data, stream = recipe.data, None
     if data.streaming:
         stream = open_stream(recipe, args, encoder, collator)

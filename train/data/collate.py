@@ -31,6 +31,13 @@ class Collator:
     def __init__(self, pad_token_id: int, side: str = "right") -> None:
         self.pad_token_id, self.side = pad_token_id, side
 
+    @classmethod
+    def of(cls, processor: Any) -> Collator:
+        """Pads as a processor's tokenizer does; with the end of a text where it names nothing."""
+        tokenizer = processor.tokenizer
+        pad = tokenizer.pad_token_id
+        return cls(tokenizer.eos_token_id if pad is None else pad)
+
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Returns (B, T) text tensors, joined image tensors, the bad samples and the places.
 

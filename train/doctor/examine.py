@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 
 from itprune.families import find_family
-from itprune.inputs import load_processor
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
@@ -24,18 +23,18 @@ from train.data.stream import build_stream, fixed
 from train.doctor.forecast import Kept, Spread, Survey, kept_at, survey
 from train.doctor.memory import Memory, Setup, dtype_of, estimate, four_bit_names
 from train.doctor.room import Batches, Disk, batches_of, device_memory, disk_of
-from train.model import base_of, check_trains, prepare
+from train.model import base_of, check_trains, load_processor, prepare
 from train.pruning import attach_pruner, entering_share
 from train.quant import skeleton
 from train.recipe.arguments import on_cpu, training_arguments
 from train.recipe.config import Recipe
+from train.recipe.contradictions import need
+from train.reports import check_reports
 from train.resume import find_checkpoint
 
 T = TypeVar("T")
 TELLING = 3
 """Bad samples of a survey below which it cannot tell whether too many of all are bad."""
-PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
-"""What trainer.report_to names -> the package."""
 
 
 @dataclass
@@ -117,10 +116,12 @@ def examine(recipe: Recipe, name: str, processes: int, samples: int) -> Findings
         k: v for k, v in recipe.trainer.items() if k not in ("deepspeed", "fsdp", "fsdp_config")
     }
     args = _try(found, lambda: training_arguments(plain, recipe.data.workers))
+    if args is not None:
+        _try(found, lambda: check_reports(args.report_to))
     setup = _try(found, lambda: Setup.of(recipe, processes))
     going_on = _try(found, lambda: find_checkpoint(recipe, False, speaks=False))
     found.checkpoint = None if going_on is None else str(going_on)
-    processor = _try(found, lambda: _processor(recipe))
+    processor = _try(found, lambda: load_processor(recipe.model.path))
     model = _try(found, lambda: build(recipe))
     pruned = _try(found, lambda: _attach(model, recipe, processor)) if model and processor else None
     if model is not None:
@@ -180,13 +181,6 @@ def build(recipe: Recipe) -> Any:
         return prepare(model, recipe)
 
 
-def _processor(recipe: Recipe) -> Any:
-    try:
-        return load_processor(recipe.model.path)
-    except ValueError as error:
-        raise ValueError(f"model.path: {error}") from None
-
-
 def _attach(model: Any, recipe: Recipe, processor: Any) -> Any | None:
     with torch.device("meta"):
         return attach_pruner(model, recipe, processor, None)
@@ -203,8 +197,7 @@ def _data(recipe: Recipe, encoder: Encoder, processor: Any) -> SampleDataset:
     section = recipe.data
     if not section.streaming:
         return build_dataset(section, section.train, encoder, section.weights)
-    pad = processor.tokenizer.pad_token_id
-    stream = build_stream(section, encoder, Collator(pad or 0), fixed(1))
+    stream = build_stream(section, encoder, Collator.of(processor), fixed(1))
     return stream.first(1000)
 
 
@@ -260,14 +253,8 @@ def _judge_room(found: Findings) -> None:
 
 
 def _packages(recipe: Recipe, found: Findings) -> None:
-    wanted = recipe.trainer.get("report_to", "tensorboard")
-    for name in [wanted] if isinstance(wanted, str) else wanted or []:
-        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-            found.problems.append(
-                f"trainer.report_to: {name} is not installed; pip install {PACKAGES[name]}"
-            )
-    if recipe.trainer.get("deepspeed") is not None and find_spec("deepspeed") is None:
-        found.problems.append("trainer.deepspeed: is not installed; pip install deepspeed")
+    if recipe.trainer.get("deepspeed") is not None:
+        _try(found, lambda: need("deepspeed", "trainer.deepspeed", "ZeRO", "train"))
     if (
         str(recipe.model.attn_implementation).startswith("flash")
         and find_spec("flash_attn") is None
