@@ -69,6 +69,16 @@ class Attached:
         return self.config.layout == "packed" and self._engine._plain
 
     @property
+    def packs_text(self) -> bool:
+        """Whether batches of text alone learn as pruned ones do: without their padding, with
+        logits at supervised positions only. False unless set: they are the host's own forward."""
+        return self._engine.packs_text
+
+    @packs_text.setter
+    def packs_text(self, packs: bool) -> None:
+        self._engine.packs_text = packs
+
+    @property
     def enters(self) -> float:
         """Share of the visual tokens that enters the LLM on average, at the target in force; 1.0
         where only the samples decide."""

@@ -244,6 +244,31 @@ def test_a_batch_of_text_alone_is_untouched(name: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_packed_batches_of_text_learn_the_same(name: str, side: str, layout: str) -> None:
+    """`packs_text`: no layer computes padding, and loss and gradients are the host's."""
+    rows = ((9, "answer"), (23, "answer"), (4, "answer"))
+    plain, packing = build(name).train(), build(name).train()
+    data = batch(name, plain, rows, side)
+    expected = plain(**data).loss
+    expected.backward()
+    with attach(packing, PruneConfig(keep=0.3, layout=layout), prompt=PROMPT) as pruner:
+        pruner.packs_text = True
+        with counted_rows(packing) as counts:
+            found = packing(**data)
+        found.loss.backward()
+        assert found.logits.shape[0] == int((data["labels"][:, 1:] != -100).sum())
+        if pruner.packs:
+            assert set(counts) == {int(data["attention_mask"].sum())}
+        assert pruner.report is None
+        packing.eval()
+        assert torch.equal(packing(**data).logits, plain.eval()(**data).logits)
+    assert abs(found.loss - expected) < rounding(expected)
+    assert_close(gradients(packing), gradients(plain))
+
+
+@every_family
 def test_label_only_logits_give_the_same_loss(name: str) -> None:
     losses = {}
     for choice in ("never", "always"):

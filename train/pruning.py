@@ -48,6 +48,7 @@ def attach_pruner(
     calibration = PrunerRecord.read(checkpoint).calibration if checkpoint is not None else None
     prompt = PromptFormat.from_processor(processor)
     attached = attach(model, recipe.prune, prompt=prompt, calibration=calibration)
+    attached.packs_text = True  # a batch of text would be the dearest of a run otherwise
     check_evaluated(attached, recipe)
     if recipe.mode == "router" or PRUNER in recipe.model.freeze:
         attached.method.requires_grad_(False)

@@ -156,6 +156,11 @@ class PrunedLayer(DynamicLayer):
         self._forget()
 
 
+def is_pruned(cache: Any) -> bool:
+    """Whether some layers of a call's cache hold fewer tokens than it has seen."""
+    return isinstance(cache, Cache) and any(isinstance(x, PrunedLayer) for x in cache.layers)
+
+
 def check_dynamic(cache: Cache) -> None:
     """Refuses a cache that is no list of growing tensors.
 

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from itprune.config import PruneConfig
 from itprune.engine.attention import pruned_name
 from itprune.engine.blank import nothing
-from itprune.engine.cache import PrunedLayer, check_dynamic
+from itprune.engine.cache import check_dynamic, is_pruned
 from itprune.engine.context import CONTEXT, Context
 from itprune.engine.encoder import EncoderHooks
 from itprune.engine.features import TokenHooks
@@ -37,7 +37,6 @@ from itprune.engine.patches import PatchHooks
 from itprune.engine.positions import Positions
 from itprune.engine.question import Question, QuestionReader, many_ranks
 from itprune.engine.request import Request, check_one_sample
-from itprune.engine.rows import Rows
 from itprune.engine.sequence import Sequence
 from itprune.engine.spare import Savings
 from itprune.families.base import Family, PatchFamily, TokenFamily
@@ -76,6 +75,7 @@ class Engine:
         self.totals = Totals()
         self.trace: Trace | None = None
         self.label_only = False  # in every call that has labels, whatever its mode
+        self.packs_text = False  # batches of text alone, too, learn without their padding
         self._text = family.text_model
         self._depth = len(family.layers)
         eager = self._text.config._attn_implementation == "eager"  # it gets no mask by flag
@@ -180,7 +180,8 @@ class Engine:
         cache = kwargs.get("past_key_values")
         if active and isinstance(cache, Cache):
             check_dynamic(cache)
-        learns = model.training and (wanted == "always" or (wanted == "pruned" and active))
+        short = active or self._shortens_text()
+        learns = model.training and (wanted == "always" or (wanted == "pruned" and short))
         if learns or self.label_only:
             kwargs = request.label_only(kwargs)
         self._request = request
@@ -230,7 +231,7 @@ class Engine:
             kwargs = {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
         active = request.has_images and not self.method.idle
         cache = kwargs.get("past_key_values")
-        if not active and not _is_pruned(cache):
+        if not (active or self._shortens_text() or is_pruned(cache)):
             return args, kwargs
         kwargs = {**kwargs, **self._cache_kwargs(kwargs)}
         added = self.family.added_after_layers(kwargs) if active else None
@@ -240,6 +241,9 @@ class Engine:
             # Rows carry the padding already: spare the host its S x S mask.
             kwargs["attention_mask"] = torch.ones_like(context.sequence.valid, dtype=torch.long)
         return args, {**kwargs, CONTEXT: Carried(context)}
+
+    def _shortens_text(self) -> bool:
+        return self.packs_text and self._text.training and not self.method.idle
 
     def _cache_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache, made early so that its layers can be replaced; none while training."""
@@ -254,6 +258,7 @@ class Engine:
 
     def _context(self, request: Request, kwargs: dict[str, Any], active: bool) -> Context:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        short = active or self._shortens_text()
         cache = kwargs.get("past_key_values")
         if active and mask is None and cache is None:
             check_one_sample(kwargs.get("position_ids"))
@@ -273,7 +278,7 @@ class Engine:
             cache=cache,
             flash="flash" in self._text.config._attn_implementation,
             method=self.method if active else None,
-            first=_filled_rows(embeds, sequence, packed) if active else None,
+            first=sequence.rows(embeds, packed) if short else None,
             packed=packed,
             causal=self.family.causal,
             host=self,
@@ -317,27 +322,6 @@ class Engine:
         if isinstance(output, tuple):
             return (context.after_last(output[0]), *output[1:])
         return context.after_last(output)
-
-
-def _filled_rows(embeds: Tensor, sequence: Sequence, packed: bool) -> Rows | None:
-    """What layer 0 runs on: no padding, no visual slot that stage 1 left empty (all zeros).
-
-    Raises:
-        ValueError: a slot that must stay is empty.
-    """
-    keep = sequence.valid.clone()
-    visual = sequence.visual
-    keep[visual] = (embeds.detach()[visual] != 0).any(-1)
-    if bool(keep.all()):
-        return None
-    if bool((sequence.protected & sequence.valid & ~keep).any()):
-        raise ValueError("a prompt ends with an image; put some text behind it")
-    token = keep.reshape(-1).nonzero()[:, 0]
-    return Rows(token, keep.shape[0], keep.shape[1], packed)
-
-
-def _is_pruned(cache: Any) -> bool:
-    return isinstance(cache, Cache) and any(isinstance(x, PrunedLayer) for x in cache.layers)
 
 
 def _slides(config: PreTrainedConfig) -> bool:

@@ -49,3 +49,25 @@ class Sequence:
             self.last[::step],
             None if mask is None else mask[::step],
         )
+
+    def rows(self, embeds: Tensor, packed: bool) -> Rows | None:
+        """What layer 0 runs on: no padding, no visual slot that stage 1 left empty (all zeros).
+
+        Args:
+            embeds: (B, S, D).
+            packed: the layout.
+
+        Returns:
+            None: nothing is to be left out.
+
+        Raises:
+            ValueError: a slot that must stay is empty.
+        """
+        keep = self.valid.clone()
+        keep[self.visual] = (embeds.detach()[self.visual] != 0).any(-1)
+        if bool(keep.all()):
+            return None
+        if bool((self.protected & self.valid & ~keep).any()):
+            raise ValueError("a prompt ends with an image; put some text behind it")
+        token = keep.reshape(-1).nonzero()[:, 0]
+        return Rows(token, keep.shape[0], keep.shape[1], packed)
