@@ -40,6 +40,8 @@ def load_processor(path: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it needs a package that is not installed.
     """
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ValueError(f"{path}: no such folder")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except StrictDataclassError as error:

@@ -12,6 +12,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from enum import EnumType
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ LATEST = "latest"
 FSDP_FOLDER = "pytorch_model_fsdp_0"
 FSDP_INDEX = ".metadata"
 SINGLE = "model.safetensors"
+GETATTR = "builtins.getattr"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 KNOWN = {
     f"{SCALERS}.LossScaler",
@@ -89,9 +91,7 @@ def _deepspeed(folder: Path) -> dict[str, Tensor]:
         raise pickle.UnpicklingError(f"the name {str(inside)!r} is a pattern; rename the folder")
     files = sorted(inside.glob("*_states.pt"))
     for file in files:
-        strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - KNOWN
-        if strange:
-            raise pickle.UnpicklingError(f"{file.name} names {sorted(strange)[0]}")
+        _look_through(file)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with redirect_stdout(io.StringIO()):  # it prints its progress
@@ -105,11 +105,40 @@ def _deepspeed(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def _look_through(file: Path) -> None:
+    """Raises UnpicklingError for a file that names what DeepSpeed does not write."""
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    strange = named - KNOWN - {GETATTR}
+    if strange:
+        raise pickle.UnpicklingError(f"{file.name} names {sorted(strange)[0]}")
+    if GETATTR in named:
+        torch.load(file, map_location="cpu", mmap=True, weights_only=False, pickle_module=_Members)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """`getattr` for members of an enumeration alone, which is how Python 3.11.0 to 3.11.3 pickle
+    them."""
+    if not isinstance(kind, EnumType) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"{GETATTR} is used for more than an enumeration")
+    return kind[name]
+
+
+class _Members:
+    """Stands for the module `pickle`: what loads with it takes attributes of nothing else."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            found = super().find_class(module, name)  # older names of modules are told apart here
+            return _member if found is getattr else found
+
+
 # ----------------------------------------------------------------------------------------- FSDP
 class _Index(pickle.Unpickler):
     """Reads an index of sharded weights, and nothing that only looks like one."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" == GETATTR:
+            return _member
         if name not in KNOWN_INDEX.get(module, ()):
             raise pickle.UnpicklingError(f"{FSDP_INDEX} names {module}.{name}")
         return super().find_class(module, name)

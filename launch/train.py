@@ -37,7 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="demand a checkpoint to go on from; without it a run looks for one",
     )
     parser.add_argument(
-        "--check", action="store_true", help="validate the recipe, print it resolved and stop"
+        "--check",
+        action="store_true",
+        help="validate recipe and options, print the recipe resolved and stop",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -77,6 +79,9 @@ def start(options: argparse.Namespace, stop: StopRequest | None) -> int:
     launch = read_launch(options.local_rank)
     recipe = load_recipe(options.config, options.overrides)
     if options.check:
+        from train.check import check
+
+        check(recipe, launch)
         print(recipe.to_yaml(), end="")
         return 0
     from train.run import run

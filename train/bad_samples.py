@@ -74,6 +74,7 @@ class BadSamples:
 
     def stop(self, found: Sequence[Bad]) -> NoReturn:
         """Ends the run at once: no good sample was found in place of these."""
+        self.writes = True  # nobody else will: the other ranks wait for this one
         for index, bad in self.fresh.items():
             self.known.add(index)
             self._report(bad)

@@ -16,10 +16,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from itprune import Attached, PromptFormat, attach, calibrate
 from itprune.attach import check_budgets
 from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
+from itprune.engine.request import PIXELS
 from itprune.methods.dyvte import Dyvte
+from train.bad_samples import Bad
 from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import SampleDataset
-from train.model import PRUNER, widen_trained
+from train.data.encode import Encoder
+from train.model import PRUNER, base_of, widen_trained
 from train.recipe.config import RECIPE_NAME, Recipe
 
 CALIBRATION_SAMPLES = 256
@@ -115,6 +118,12 @@ def entering_share(attached: Any | None) -> float:
     return share
 
 
+def fit_encoder(encoder: Encoder, recipe: Recipe, model: nn.Module, attached: Any | None) -> None:
+    """Tells the encoder how long a sample may be for this model with this pruner."""
+    encoder.visual_share = 1.0 if recipe.mode == "router" else entering_share(attached)
+    encoder.positions = base_of(model).config.get_text_config().max_position_embeddings
+
+
 def trained_method(attached: Any | None) -> nn.Module | None:
     """What is attached, if it has weights of its own."""
     if attached is None or next(attached.method.parameters(), None) is None:
@@ -205,7 +214,11 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 def calibration_batches(
     data: SampleDataset, collator: Collator, workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Up to 256 samples spread evenly over the training data, the same on every rank."""
+    """Up to 256 samples spread evenly over the training data, the same on every rank.
+
+    Raises:
+        ValueError: there is none with an image, and some cannot be used.
+    """
     count = min(CALIBRATION_SAMPLES, len(data))
     chosen = Subset(data, [i * len(data) // count for i in range(count)])
     loader = DataLoader(
@@ -215,8 +228,17 @@ def calibration_batches(
         num_workers=workers,
         generator=torch.Generator(),  # leaves the run's own random numbers alone
     )
+    bad: list[Bad] = []
+    pictured = False
     for batch in loader:
-        batch.pop(BAD)
+        bad += batch.pop(BAD)
         batch.pop(PLACES)
         if "input_ids" in batch:
+            pictured |= any(name in batch for name in PIXELS)
             yield batch
+    if bad and not pictured:
+        _, place, reason = bad[0]
+        raise ValueError(
+            f"data.train: calibration needs samples with images, but {len(bad)} of the {count} "
+            f"looked at cannot be used; the first, {place}: {reason}"
+        )

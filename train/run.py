@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from itprune import Attached
 from itprune.families import find_family
 from train.blank import blank_images
 from train.budgets import Evaluation
 from train.data.collate import Collator
-from train.data.dataset import build_dataset
+from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
 from train.data.feed import Feed
+from train.data.stream import StreamFeed
 from train.distill import Distiller
 from train.feeding import token_batches
 from train.fsdp import fsdp_options, sharded_layers
@@ -35,7 +40,7 @@ from train.pruning import (
     CalibrateCallback,
     attach_pruner,
     calibration_batches,
-    entering_share,
+    fit_encoder,
     needs_calibration,
     routed,
     save_beside,
@@ -49,6 +54,19 @@ from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
 from train.streaming import bad_samples, open_stream, ready_stream
 from train.trainer import PruneTrainer, StepCallback
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, and who makes tensors of it."""
+
+    processor: Any
+    encoder: Encoder
+    collator: Collator
+    train: SampleDataset
+    """Of a stream, its first samples: what is calibrated on."""
+    val: SampleDataset | None
+    stream: StreamFeed | None
 
 
 def run(
@@ -67,93 +85,157 @@ def run(
         Fault: what went wrong under way, in one sentence that names what is kept.
     """
     checkpoint = find_checkpoint(recipe, resume, speaks=launch.rank == 0)
+    args, fsdp = prepare_arguments(recipe, launch)
+    agree(checkpoint)
+    data = open_data(recipe, args)
+    model, attached = build_model(recipe, args, fsdp, data.processor, checkpoint)
+    fit_encoder(data.encoder, recipe, model, attached)
+    trainer = make_trainer(recipe, args, fsdp, data, model, attached, checkpoint, stop)
+    trainer.bad.restore() if checkpoint is not None else trainer.bad.forget()
+    if args.process_index == 0:
+        print(describe(recipe, trainer, checkpoint))
+        write_recipe(recipe.output, recipe)
+    train(trainer, checkpoint)
+
+
+def prepare_arguments(recipe: Recipe, launch: Launch) -> tuple[TrainingArguments, bool]:
+    """The Trainer's arguments, and whether FSDP shards; nothing is loaded yet.
+
+    Raises:
+        ValueError: what they and the launcher say does not fit together.
+    """
     zero = deepspeed_config(recipe.trainer, launch)
-    if zero is not None or launch.accelerate_deepspeed:
+    deepspeed = zero is not None or launch.accelerate_deepspeed
+    if deepspeed:
         prepare_deepspeed(on_cpu(recipe.trainer))
     changes = {"deepspeed": zero, **fsdp_options(recipe.trainer, launch, recipe.mode)}
-    args = training_arguments(
-        recipe.trainer, recipe.data.workers, unused=recipe.trains_vision, **changes
-    )
+    unused = recipe.trains_vision
+    args = training_arguments(recipe.trainer, recipe.data.workers, unused=unused, **changes)
     fsdp = launch.accelerate_fsdp is not None or bool(args.fsdp)
-    ddp = args.world_size > 1 and not (fsdp or zero is not None or launch.accelerate_deepspeed)
-    check_reentry(args, ddp, unused=recipe.trains_vision)
+    check_reentry(args, args.world_size > 1 and not (fsdp or deepspeed), unused=unused)
     check_world(args, launch)
-    agree(checkpoint)
     prepare_reports(args)
+    return args, fsdp
 
+
+def open_data(recipe: Recipe, args: TrainingArguments) -> Data:
+    """Opens all files of the `data` section.
+
+    Raises:
+        ValueError: anything wrong with them.
+    """
+    section, stream = recipe.data, None
     processor = load_processor(recipe.model.path)
-    encoder = Encoder(processor, recipe.data.max_length)
+    encoder = Encoder(processor, section.max_length)
     collator = Collator.of(processor)
-    data, stream = recipe.data, None
-    if data.streaming:
+    if section.streaming:
         stream = open_stream(recipe, args, encoder, collator)
-        train_data = stream.first(CALIBRATION_SAMPLES)
+        train = stream.first(CALIBRATION_SAMPLES)
     else:
-        train_data = build_dataset(data, data.train, encoder, data.weights)
-    val_data = build_dataset(data, data.val, encoder) if data.val else None
+        train = build_dataset(section, section.train, encoder, section.weights)
+    val = build_dataset(section, section.val, encoder) if section.val else None
+    return Data(processor, encoder, collator, train, val, stream)
 
+
+def build_model(
+    recipe: Recipe, args: TrainingArguments, fsdp: bool, processor: Any, checkpoint: Path | None
+) -> tuple[nn.Module, Attached | None]:
+    """The model ready to train, with its pruner inside.
+
+    Raises:
+        ValueError: the recipe asks for what this model does not have.
+    """
     model = load_model(recipe, bf16=args.bf16, sharded=fsdp)
     set_seed(args.seed)  # a method's own parts, too, start from the same numbers everywhere
     attached = attach_pruner(model, recipe, processor, checkpoint)
     check_trains(model)
     check_rates(model, recipe.model.learning_rates)
     routing = recipe.mode == "router"
-    processes = args.world_size
-    blank_images(model, attached, fsdp=fsdp, routing=routing, processes=processes)
+    blank_images(model, attached, fsdp=fsdp, routing=routing, processes=args.world_size)
+    return model, attached
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: TrainingArguments,
+    fsdp: bool,
+    data: Data,
+    model: nn.Module,
+    attached: Attached | None,
+    checkpoint: Path | None,
+    stop: StopRequest | None,
+) -> PruneTrainer:
+    """Joins model and data to a Trainer.
+
+    Raises:
+        ValueError: where a checkpoint left the data cannot be read.
+    """
+    routing = recipe.mode == "router"
+    pruning = None if routing else attached  # routers look at whole samples
     visual_ids = find_family(base_of(model)).visual_token_ids
-    pruning = None if routing else attached
-    encoder.visual_share = entering_share(pruning)
-    encoder.positions = base_of(model).config.get_text_config().max_position_embeddings
-    feed: Feed | None = None
-    if stream is not None:
-        limit = data.max_tokens_per_batch
-        feed = ready_stream(stream, limit, visual_ids, pruning, checkpoint)
-    elif data.max_tokens_per_batch is not None:
-        feed = token_batches(recipe, args, train_data, collator, visual_ids, pruning, checkpoint)
     meter = Meter(pruning, visual_ids)
-    callbacks: list[TrainerCallback] = [StepCallback(meter, attached)]
-    if needs_calibration(attached):
-        workers = args.dataloader_num_workers
-        batches = partial(calibration_batches, train_data, collator, workers)
-        callbacks.insert(0, CalibrateCallback(attached, batches, late=routing))
-    writes = args.process_index == 0
-    bad = bad_samples(recipe, train_data, stream, writes)
-    beside = partial(save_beside, processor=processor, attached=attached, recipe=recipe)
-    evaluation = None if routing else Evaluation(attached, recipe.eval_keep)
-    distill = None
-    if attached is not None and recipe.distill is not None:
-        distill = Distiller(attached, recipe.distill)
     method = trained_method(attached)
     make: Callable[..., PruneTrainer] = PruneTrainer
     if method is not None and routing:
         make = partial(RouterTrainer, routers=routed(method)[0])
-    trainer = make(
+    return make(
         model=model,
         args=args,
-        train_dataset=train_data,
-        eval_dataset=val_data,
-        data_collator=collator,
-        callbacks=callbacks,
+        train_dataset=data.train,
+        eval_dataset=data.val,
+        data_collator=data.collator,
+        callbacks=make_callbacks(recipe, args, data, meter, attached),
         rates=recipe.model.learning_rates,
         meter=meter,
-        bad=bad,
-        feed=feed,
-        evaluation=evaluation,
-        distill=distill,
-        save_beside=beside,
+        bad=bad_samples(recipe, data.train, data.stream, writes=args.process_index == 0),
+        feed=make_feed(recipe, args, data, visual_ids, pruning, checkpoint),
+        evaluation=None if routing else Evaluation(attached, recipe.eval_keep),
+        distill=Distiller(attached, recipe.distill) if attached and recipe.distill else None,
+        save_beside=partial(
+            save_beside, processor=data.processor, attached=attached, recipe=recipe
+        ),
         attached=pruning,
         base=recipe.model.path,
         method=method,
         layers=sharded_layers(model) if fsdp else None,
         stop=stop,
     )
-    bad.restore() if checkpoint is not None else bad.forget()
-    if writes:
-        print(describe(recipe, trainer, checkpoint))
-        write_recipe(recipe.output, recipe)
+
+
+def make_feed(
+    recipe: Recipe,
+    args: TrainingArguments,
+    data: Data,
+    visual_ids: tuple[int, ...],
+    pruning: Attached | None,
+    checkpoint: Path | None,
+) -> Feed | None:
+    """Where batches come from, if not from Trainer's own loader."""
+    limit = recipe.data.max_tokens_per_batch
+    if data.stream is not None:
+        return ready_stream(data.stream, limit, visual_ids, pruning, checkpoint)
+    if limit is None:
+        return None
+    return token_batches(recipe, args, data.train, data.collator, visual_ids, pruning, checkpoint)
+
+
+def make_callbacks(
+    recipe: Recipe, args: TrainingArguments, data: Data, meter: Meter, attached: Attached | None
+) -> list[TrainerCallback]:
+    """Calibration, where it is due, and what follows each step."""
+    steps = StepCallback(meter, attached)
+    if not needs_calibration(attached):
+        return [steps]
+    workers = args.dataloader_num_workers
+    batches = partial(calibration_batches, data.train, data.collator, workers)
+    return [CalibrateCallback(attached, batches, late=recipe.mode == "router"), steps]
+
+
+def train(trainer: PruneTrainer, checkpoint: Path | None) -> None:
+    """Trains, and saves what came of it."""
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        bad.settle()
+        trainer.bad.settle()
         trainer.progress.enter("saving the trained model")
         trainer.save_model()
         trainer.create_model_card()

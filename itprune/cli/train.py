@@ -44,7 +44,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_recipe(parser)
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="processes; default: one a GPU, 1 on a CPU"
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes; default: one a GPU; on a CPU what --config-file says, else 1",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: as told above")
     parser.add_argument(
@@ -52,7 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--resume", action="store_true", help="demand a checkpoint to go on from")
     parser.add_argument(
-        "--check", action="store_true", help="validate the recipe, print it resolved and stop"
+        "--check",
+        action="store_true",
+        help="validate recipe and options, print the recipe resolved and stop",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     parser.set_defaults(run=run)
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         import yaml
 
         trainer = yaml.safe_load(checked.stdout)["trainer"]
-    start = choose(args, trainer, 0 if trainer.get("use_cpu") else devices)
+    start = choose(args, trainer, 0 if trainer.get("use_cpu") else devices, project)
     command = start.command(project, script[1:])
     if args.dry_run:
         print(shlex.join(command))
@@ -108,7 +113,7 @@ class Start:
     processes: int
     gpus: int
     """That this machine shows; 0: the run uses the CPU."""
-    config_file: str | None = None
+    config_file: Path | None = None
     """The accelerate file the user named."""
 
     def command(self, project: Project, script: list[str]) -> list[str]:
@@ -122,7 +127,9 @@ class Start:
             return [sys.executable, *script]
         count = str(self.processes)
         if self.launcher == "accelerate":
-            module = ["-m", "accelerate.commands.launch", "--config_file", str(self._file(project))]
+            usual = "multi_gpu.yaml" if self.gpus else "cpu2.yaml"
+            file = self.config_file or project.accelerate_file(usual)
+            module = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
             counts = ["--num_processes", count, "--main_process_port", free_port()]
             return [sys.executable, *module, *counts, *script]
         # Told a number, DeepSpeed counts from the first GPU whatever CUDA_VISIBLE_DEVICES says;
@@ -131,22 +138,17 @@ class Start:
         module = ["-m", "deepspeed.launcher.runner", "--master_port", free_port()]
         return [sys.executable, *module, *counts, *script]
 
-    def _file(self, project: Project) -> Path:
-        if self.config_file is None:
-            return project.accelerate_file("multi_gpu.yaml" if self.gpus else "cpu2.yaml")
-        for path in (Path(self.config_file), project.root / self.config_file):
-            if path.is_file():
-                return path
-        raise ValueError(f"--config-file: no such file: {self.config_file}")
 
-
-def choose(args: argparse.Namespace, trainer: Mapping[str, Any], gpus: int) -> Start:
+def choose(
+    args: argparse.Namespace, trainer: Mapping[str, Any], gpus: int, project: Project
+) -> Start:
     """The launcher and the number of processes.
 
     Args:
         args: the options.
         trainer: the recipe's section.
         gpus: that this machine shows; 0: the run uses the CPU.
+        project: where launch files are.
 
     Raises:
         ValueError: options that do not go together, more processes than GPUs, a missing package.
@@ -154,7 +156,8 @@ def choose(args: argparse.Namespace, trainer: Mapping[str, Any], gpus: int) -> S
     if args.config_file is not None and args.launcher not in (None, "accelerate"):
         raise ValueError(f"--config-file belongs to accelerate, not to --launcher {args.launcher}")
     alone = args.launcher == "none"
-    processes = args.nproc or (1 if alone else max(gpus, 1))
+    file = None if args.config_file is None else _find(project, args.config_file)
+    processes = args.nproc or (1 if alone else gpus or _processes_of(file))
     if gpus and processes > gpus:
         raise ValueError(f"--nproc {processes}: this machine shows {gpus} GPU(s)")
     if alone and processes > 1:
@@ -180,7 +183,30 @@ def choose(args: argparse.Namespace, trainer: Mapping[str, Any], gpus: int) -> S
                 "whatever CUDA_VISIBLE_DEVICES says; --launcher accelerate respects it",
                 file=sys.stderr,
             )
-    return Start(launcher, processes, gpus, args.config_file)
+    return Start(launcher, processes, gpus, file)
+
+
+def _find(project: Project, named: str) -> Path:
+    for path in (Path(named), project.root / named):
+        if path.is_file():
+            return path
+    raise ValueError(f"--config-file: no such file: {named}")
+
+
+def _processes_of(file: Path | None) -> int:
+    """What accelerate's file says; 1 where it says nothing."""
+    if file is None:
+        return 1
+    import yaml
+
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config-file: {file}: {' '.join(str(error).split())}") from None
+    count = said.get("num_processes", 1) if isinstance(said, dict) else None
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"--config-file: {file}: num_processes must be a number of at least 1")
+    return count
 
 
 def _default(

@@ -172,6 +172,42 @@ def test_a_pattern_in_place_of_a_folder_of_shards_is_refused(
     assert not (tmp_path / "harmed").exists()
 
 
+class Reduced:
+    """Pickles as a call of one's choice."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __call__(self) -> None:
+        """What is called after unpickling must look so before."""
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_enumerations_may_be_pickled_by_getattr_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11.0 to 3.11.3 pickle their members so; methods could be had in the same way."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "zero_optim_states.pt"
+    torch.save({"zero_stage": Reduced(getattr, ZeroStageEnum, "weights")}, file)
+    shards._look_through(file)
+    torch.save({"zero_stage": Reduced(getattr, LossScaler, "update_scale")}, file)
+    with pytest.raises(pickle.UnpicklingError, match="more than an enumeration"):
+        shards._look_through(file)
+    index = tmp_path / shards.FSDP_FOLDER / shards.FSDP_INDEX
+    index.parent.mkdir()
+    touch = Reduced(getattr, type(tmp_path), "touch")
+    index.write_bytes(pickle.dumps(Reduced(touch, tmp_path / "harmed")))
+    with pytest.raises(ValueError, match="more than an enumeration"):
+        shards.read_shards(tmp_path)
+    assert not (tmp_path / "harmed").exists()
+
+
 # -------------------------------------------------------------------------- shards of a real run
 def only_shards(folder: Path, to: Path) -> Path:
     """A copy without the weights that our own trainer puts beside the shards."""

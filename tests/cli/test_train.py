@@ -19,6 +19,7 @@ from itprune.project import find_project
 from tests.test_launch import environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FSDP2_CPU2, ZERO3 = "launch/accelerate/fsdp2_cpu2.yaml", "launch/accelerate/zero3.yaml"
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 STAND_IN = '''
 """Stands for launch/train.py: tells that it runs, and how it ended."""
@@ -74,13 +75,15 @@ def options(**changes: object) -> argparse.Namespace:
         ({"nproc": 2}, {}, 0, ("accelerate", 2)),
         ({"nproc": 2}, {"deepspeed": "x.json"}, 0, ("deepspeed", 2)),
         ({"launcher": "deepspeed"}, {}, 0, ("deepspeed", 1)),
-        ({"config_file": "a.yaml"}, {"deepspeed": "x.json"}, 4, ("accelerate", 4)),
+        ({"config_file": ZERO3}, {"deepspeed": "x.json"}, 4, ("accelerate", 4)),
+        ({"config_file": FSDP2_CPU2}, {}, 0, ("accelerate", 2)),
+        ({"config_file": FSDP2_CPU2, "nproc": 3}, {}, 0, ("accelerate", 3)),
     ],
 )
 def test_the_launcher_that_fits(
     given: dict[str, object], trainer: dict[str, str], gpus: int, expected: tuple[str, int]
 ) -> None:
-    start = choose(options(**given), trainer, gpus)
+    start = choose(options(**given), trainer, gpus, find_project(ROOT))
     assert (start.launcher, start.processes) == expected
 
 
@@ -103,11 +106,20 @@ def test_deepspeed_and_accelerate_are_told_the_number() -> None:
         ({"nproc": 2, "launcher": "none"}, 0, "runs without a launcher"),
         ({"launcher": "none", "nproc": 1}, 8, "spread each batch"),
         ({"launcher": "deepspeed", "config_file": "a.yaml"}, 0, "belongs to accelerate"),
+        ({"config_file": "a.yaml"}, 0, "no such file: a.yaml"),
     ],
 )
 def test_what_cannot_start(given: dict[str, object], gpus: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        choose(options(**given), {}, gpus)
+        choose(options(**given), {}, gpus, find_project(ROOT))
+
+
+@pytest.mark.parametrize("text", ["num_processes: many", "[", "- 2", "num_processes: 0"])
+def test_a_bad_file_of_accelerate_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"--config-file: .*a\.yaml") as caught:
+        choose(options(config_file=str(tmp_path / "a.yaml")), {}, 0, find_project(ROOT))
+    assert "\n" not in str(caught.value)
 
 
 def test_refusals_are_one_sentence(

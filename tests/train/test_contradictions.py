@@ -128,6 +128,23 @@ def test_the_place_is_the_line_of_the_key(recipe: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("trainer.optim=adamw_of_mine", "trainer: adamw_of_mine is not a valid"),
+        ("trainer.report_to=fax", "trainer.report_to: unknown name 'fax'"),
+    ],
+)
+def test_check_tries_what_transformers_must_know(
+    recipe: Path, capsys: pytest.CaptureFixture[str], override: str, sentence: str
+) -> None:
+    assert main([str(recipe), "trainer.use_cpu=true", override, "--check"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         QLORA,

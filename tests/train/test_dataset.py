@@ -92,3 +92,13 @@ def test_bad_samples_are_counted_once_reported_and_stop_the_run(
     again.meet([(8, "f:8", "empty")])
     with pytest.raises(ValueError, match="3 of 100 samples are bad, 2 are allowed"):
         again.settle()
+
+
+def test_whichever_rank_gives_up_writes_the_report(tmp_path: Path) -> None:
+    report = tmp_path / "bad_samples.jsonl"
+    bad = BadSamples(report, allowed=0, total=100, writes=False)
+    found = [(3, "f:3", "missing image x")]
+    bad.meet(found)
+    with pytest.raises(ValueError, match=r"1 of 100 samples are bad.*f:3: missing image x"):
+        bad.stop(found)
+    assert json.loads(report.read_text())["where"] == "f:3"

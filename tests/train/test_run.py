@@ -172,6 +172,16 @@ def test_bad_samples_are_skipped_reported_and_counted(
     assert (tmp_path / "strict/bad_samples.jsonl").read_text().count("\n") >= 1
 
 
+def test_a_wrong_folder_of_images_is_named_before_the_first_step(
+    train: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    wrong = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match=r"calibration needs .* the first, .*missing image") as e:
+        train(f"data.image_root={wrong}", "data.max_bad=0.9", "prune.keep=0.4")
+    assert str(wrong) in str(e.value)
+
+
 @pytest.mark.parametrize("mode", ["full", "projector"])
 def test_the_other_modes_train_what_they_should(
     train: Any, tiny_llava_folder: Path, mode: str

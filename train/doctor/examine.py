@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from itprune.families import find_family
+from train.check import check_trainer
 from train.data.collate import Collator
 from train.data.dataset import SampleDataset, build_dataset
 from train.data.encode import Encoder
@@ -24,12 +25,11 @@ from train.doctor.forecast import Kept, Spread, Survey, kept_at, survey
 from train.doctor.memory import Memory, Setup, dtype_of, estimate, four_bit_names
 from train.doctor.room import Batches, Disk, batches_of, device_memory, disk_of
 from train.model import base_of, check_trains, load_processor, prepare
-from train.pruning import attach_pruner, entering_share
+from train.pruning import attach_pruner, fit_encoder
 from train.quant import skeleton
-from train.recipe.arguments import on_cpu, training_arguments
+from train.recipe.arguments import on_cpu
 from train.recipe.config import Recipe
 from train.recipe.contradictions import need
-from train.reports import check_reports
 from train.resume import find_checkpoint
 
 T = TypeVar("T")
@@ -112,12 +112,7 @@ def examine(recipe: Recipe, name: str, processes: int, samples: int) -> Findings
         device_memory=device_memory(cpu, processes),
     )
     _packages(recipe, found)
-    plain = {
-        k: v for k, v in recipe.trainer.items() if k not in ("deepspeed", "fsdp", "fsdp_config")
-    }
-    args = _try(found, lambda: training_arguments(plain, recipe.data.workers))
-    if args is not None:
-        _try(found, lambda: check_reports(args.report_to))
+    args = _try(found, lambda: check_trainer(recipe))
     setup = _try(found, lambda: Setup.of(recipe, processes))
     going_on = _try(found, lambda: find_checkpoint(recipe, False, speaks=False))
     found.checkpoint = None if going_on is None else str(going_on)
@@ -187,9 +182,9 @@ def _attach(model: Any, recipe: Recipe, processor: Any) -> Any | None:
 
 
 def _encoder(recipe: Recipe, processor: Any, model: Any, pruned: Any | None) -> Encoder:
-    share = 1.0 if recipe.mode == "router" else entering_share(pruned)
-    positions = base_of(model).config.get_text_config().max_position_embeddings
-    return Encoder(processor, recipe.data.max_length, share, positions)
+    encoder = Encoder(processor, recipe.data.max_length)
+    fit_encoder(encoder, recipe, model, pruned)
+    return encoder
 
 
 # ------------------------------------------------------------------------------------- the data
