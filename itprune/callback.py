@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from itprune.attach import Attached, base_model
 from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
-from itprune.card import TAG, KeptShares, is_ours, write_card
+from itprune.card import TAG, TRAINER_STATE, KeptShares, is_ours, write_card
 from itprune.checkpoint import save_pruner
 from itprune.engine.request import IGNORE
 from itprune.families import find_family
@@ -36,7 +36,6 @@ from itprune.trained import whole_weights
 
 STATE = "itprune"
 """Name of the calibration in trainer_state.json: a run that goes on takes it from there."""
-TRAINER_STATE = "trainer_state.json"
 CALIBRATION_BATCH = 4
 
 

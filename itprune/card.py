@@ -17,6 +17,7 @@ from typing import Any
 from itprune.checkpoint import ADAPTER_FILE, PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord
 
 CARD_FILE = "README.md"
+TRAINER_STATE = "trainer_state.json"
 TAG = "itprune"
 SIGN = "with itprune"
 """Stands in every card of ours."""
@@ -70,7 +71,7 @@ def write_card(
     folder = Path(folder)
     record = PrunerRecord.read(folder) if (folder / PRUNER_FILE).exists() else None
     adapter = (folder / ADAPTER_FILE).exists() if adapter is None else adapter
-    base = base or _base(folder, record)
+    base = base or base_of(folder)
     text = "\n\n".join(
         [
             _metadata(base, adapter),
@@ -91,12 +92,23 @@ def is_ours(folder: Path) -> bool:
     return not path.exists() or SIGN in path.read_text(encoding="utf-8")
 
 
-def _base(folder: Path, record: PrunerRecord | None) -> str | None:
+def base_of(folder: Path) -> str | None:
+    """Folder or hub name of the model that was tuned, as adapter or recipe say."""
     if (folder / ADAPTER_FILE).exists():
         name = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path")
         return str(name) if name else None
+    record = PrunerRecord.read(folder) if (folder / PRUNER_FILE).exists() else None
     model = ((record and record.recipe) or {}).get("model") or {}
     return model.get("path")
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The `log_history` that a Trainer left in a folder; empty where it left none."""
+    path = folder / TRAINER_STATE
+    if not path.is_file():
+        return []
+    history: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    return history
 
 
 def _metadata(base: str | None, adapter: bool) -> str:

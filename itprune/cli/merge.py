@@ -67,6 +67,8 @@ def write_whole(
     with new_folder(output) as partial:
         from transformers.utils import logging
 
+        from itprune.card import base_of, history_of, write_card
+        from itprune.checkpoint import PRUNER_FILE
         from itprune.export import read_model, write_model
         from itprune.inputs import load_processor
 
@@ -77,3 +79,6 @@ def write_whole(
             model, parts = read_model(folder, None if dtype is None else dtype_of(dtype))
         source = None if dense else folder
         write_model(partial, model, processor, source, parts, max_shard_size)
+        if (partial / PRUNER_FILE).exists():
+            history = history_of(folder)
+            write_card(partial, name=output.name, base=base_of(folder), history=history)

@@ -77,6 +77,8 @@ def test_a_whole_model_in_bfloat16(
     assert same(weights(dense), original)
     assert len(list(dense.glob("*.safetensors"))) > 1
     assert load_pretrained(dense, device="cpu").attached is None
+    assert (out / "README.md").exists()
+    assert not (dense / "README.md").exists()
     _, info = AutoModelForImageTextToText.from_pretrained(dense, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -99,6 +101,26 @@ def test_names_are_those_of_transformers_whatever_the_file_said(
         pytest.skip("this transformers does not take these names")
     export(odd, tmp_path / "out", "--dtype", "float32")
     assert same(weights(tmp_path / "out"), weights(checkpoint))
+
+
+def test_adapters_are_merged_in_float32_and_rounded_once(
+    export: Any, base: Path, tmp_path: Path
+) -> None:
+    """On a base in bfloat16, as most are published: merged in it, small changes would be lost."""
+    export(base, tmp_path / "half")
+    loaded = load_pretrained(tmp_path / "half", device="cpu", dtype=torch.bfloat16)
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    model = get_peft_model(loaded.model, LoraConfig(r=4, lora_alpha=4, target_modules=name))
+    down, up = (p.data for n, p in model.named_parameters() if "lora_" in n)
+    draw = torch.Generator().manual_seed(3)
+    for part in (down, up):
+        part.copy_(torch.randn(part.shape, generator=draw) * 0.2)
+    expected = model.get_submodule(f"base_model.model.{name}.base_layer").weight.float()
+    expected = (expected + up.float() @ down.float()).bfloat16()
+    save_pretrained(tmp_path / "adapter", model, loaded.processor, None)
+    export(tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(merged.get_submodule(name).weight, expected)
 
 
 def test_what_it_refuses(

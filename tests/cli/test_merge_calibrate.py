@@ -57,11 +57,17 @@ def test_a_merged_folder_answers_alike(
     adapter: Path, base: Path, asked: list[Question], tmp_path: Path
 ) -> None:
     merged = tmp_path / "made" / "merged"
+    log = [{"step": 2, "epoch": 0.5, "eval_loss": 0.625}]
+    (adapter / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert main(["merge", "--model", str(adapter), "--output", str(merged)]) == 0
     expected = answers(adapter, asked)
     assert answers(merged, asked) == expected
     assert expected != answers(base, asked)
     assert not (merged / "adapter_config.json").exists()
+    card = (merged / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "| method | `itprune` |" in card
+    assert "| 2 | 0.5 | 0.625 |" in card
     assert PrunerRecord.read(merged) == PrunerRecord.read(adapter)
     assert "itprune" not in (merged / "config.json").read_text()
     assert [path.name for path in merged.parent.iterdir()] == ["merged"]

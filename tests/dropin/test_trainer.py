@@ -216,6 +216,25 @@ def test_added_as_any_callback_it_does_the_same_but_for_other_reports(
     assert load_pretrained("outputs/elsewhere").attached.keep == 0.22
 
 
+def test_a_log_tells_of_the_steps_since_the_last_one(trained: dict[str, Any]) -> None:
+    """Steps that prune, then steps that do not: nothing of the first is in the second's shares."""
+    budgets = {"PruneConfig(keep=0.22)": "PruneConfig(keep=Schedule(1.0, 0.22, until=0.25))"}
+    schedule = {"import PromptFormat": "import Schedule, PromptFormat"}
+    names = again("outputs/rising", **budgets, **schedule)
+    first, *others = [e for e in names["trainer"].state.log_history if "loss" in e]
+    assert first["kept_stage2"] < 1
+    assert others
+    assert all("kept_stage2" not in entry for entry in others)
+
+
+def test_what_is_calibrated_is_the_target_after_training(trained: dict[str, Any]) -> None:
+    falls = {"PruneConfig(keep=0.22)": "PruneConfig(keep=Schedule(0.22))"}
+    schedule = {"import PromptFormat": "import Schedule, PromptFormat"}
+    names = again("outputs/falling", **falls, **schedule)
+    assert names["attached"].calibration.samples == SAMPLES
+    assert names["attached"].keep == 0.22
+
+
 def test_a_stream_trains_uncalibrated_and_says_so(place: Path) -> None:
     stream = {
         "train_dataset=records": "train_dataset=stream",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.lengths import SCALE, Lengths, Outline, Size, Sums, measure
-from train.data.plan import Draws, plan_step
+from train.data.lengths import SCALE, Cost, Lengths, Outline, Size, Sums, measure
+from train.data.plan import Drawn, Draws, Packed, Priced, plan_step
 
 LIMIT = 2000
 EXACT = Lengths(2.0, 0.25, 64.0, 1.0, 0.0, 0.0)
@@ -144,3 +144,12 @@ def test_sizes_are_counted_without_padding() -> None:
     ids = torch.tensor([[1, 9, 9, 2], [3, 4, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     assert measure(ids, mask, torch.tensor([9])) == [Size(2, 2), Size(2, 0)]
+
+
+def test_the_doubts_about_all_samples_of_a_batch_add_up() -> None:
+    batch = Packed(1000)
+    doubtful = Cost(tokens=100.0, variance=900.0)  # 30 tokens either way
+    while batch.takes(doubtful):
+        batch.add(Priced(Drawn(0, Outline(100, 0)), doubtful, 100.0))
+    # 8 samples: 800 + 2 * sqrt(8 * 900) fits into 1000; 9: 900 + 2 * sqrt(9 * 900) does not.
+    assert len(batch.samples) == 8

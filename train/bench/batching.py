@@ -5,9 +5,9 @@
 
 The data is skewed as instruction data is: many short samples, few long ones, few with several
 images. Both kinds of run see about one epoch, as many kept tokens a step on average, through the
-real entry point, in turns. With several processes a step lasts as long as its longest batch, and
-that is what equal batches save; in one process rows that are padded save their padding, and packed
-rows have nothing to save but the cost of a step.
+real entry point, in turns, and are evaluated on the same other samples. With several processes a
+step lasts as long as its longest batch, and that is what equal batches save; in one process rows
+that are padded save their padding, and packed rows have nothing to save but the cost of a step.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ TOKENIZER = ROOT / "assets/tiny-llava"
 WORDS = ("red", "green", "blue", "seven", "three", "circle", "square", "left", "right", "above")
 WARM_UP = 2
 """Steps at the start of a run that are not counted."""
+OTHERS = 32
+"""Samples of the evaluation."""
+EVALUATIONS = 3
+"""In a run."""
 PASSES = 100
 """Epochs of a forecast, so that rounding to whole steps does not matter."""
 Say = Callable[[str], None]
@@ -94,6 +98,7 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
     """
     write_model(folder / "model", args.shape)
     data = write_data(folder / "data", args.steps * args.batch * args.processes)
+    write_data(folder / "other", OTHERS, seed=1)
     limit, costs = compare_plans(folder / "model", data, args)
     bound = bound_of(costs, args)
     say(f"a step of fixed batches lasts {bound:.2f} times as long as its samples on average need")
@@ -106,21 +111,17 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
                 f"round {turn + 1}, {kind:6}: {found['tokens_per_s']:7.0f} tokens/s, "
                 f"{found['kept_per_s']:7.0f} kept; {found['kept_per_step']:6.0f} kept tokens and "
                 f"{found['samples_per_step']:5.1f} samples a step of "
-                f"{found['step_s']:.2f} s, loss {found['loss']:.3f}"
+                f"{found['step_s']:.2f} s; loss on other samples {_curve(found['losses'])}"
             )
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
     ratios, kept_ratios = (
         [tokens[rate] / fixed[rate] for fixed, tokens in pairs]
         for rate in ("tokens_per_s", "kept_per_s")
     )
-    losses = {
-        kind: [run["loss"] for run in runs if run["kind"] == kind] for kind in ("fixed", "tokens")
-    }
     say(
         f"batches of kept tokens over fixed ones: {median(ratios):.2f} times the tokens/s, "
         f"{median(kept_ratios):.2f} times the kept tokens/s (medians of {len(pairs)})"
     )
-    say(f"final losses: fixed {losses['fixed']}, by kept tokens {losses['tokens']}")
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     return {
         "bench": "batching",
@@ -131,10 +132,13 @@ def measure(folder: Path, args: argparse.Namespace, say: Say) -> dict[str, Any]:
         "ratios": ratios,
         "kept_ratio": median(kept_ratios),
         "kept_ratios": kept_ratios,
-        "losses": losses,
         "runs": runs,
         "versions": versions(),
     }
+
+
+def _curve(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.3f}" for loss in losses)
 
 
 def write_model(folder: Path, shape: str) -> None:
@@ -159,15 +163,15 @@ def write_model(folder: Path, shape: str) -> None:
     processor.save_pretrained(folder)
 
 
-def write_data(folder: Path, samples: int) -> Path:
+def write_data(folder: Path, samples: int, seed: int = 0) -> Path:
     """LLaVA JSON: mostly short answers about one image or none; one in twenty is long, one in ten
     is about 4 to 6 images."""
     (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i in range(16):
         noise = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((320, 240)).save(folder / f"images/{i}.jpg")
-    choose = random.Random(0)
+    choose = random.Random(seed)
     records = []
     for _ in range(samples):
         kind = choose.random()
@@ -233,7 +237,12 @@ def one_run(
     output = folder / f"{kind}-{turn}"
     recipe: dict[str, Any] = {
         "model": {"path": str(folder / "model")},
-        "data": {"train": str(data), "max_length": 4096, "workers": 1},
+        "data": {
+            "train": str(data),
+            "val": str(folder / "other/train.json"),
+            "max_length": 4096,
+            "workers": 1,
+        },
         "lora": {"r": 16, "alpha": 32, "train_projector": True, "modules_to_save": ["lm_head"]},
         "trainer": {
             "output_dir": str(output),
@@ -242,6 +251,9 @@ def one_run(
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": max(args.steps // EVALUATIONS, 1),
+            "per_device_eval_batch_size": 4,
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -292,8 +304,7 @@ def read_run(output: Path) -> dict[str, Any]:
         "kept_per_step": fmean(kept),
         "samples_per_step": fmean(step["samples"] for step in counted),
         "step_s": seconds / len(counted),
-        "loss": fmean(step["loss"] for step in steps[-len(steps) // 4 :]),
-        "curve": [step["loss"] for step in steps],
+        "losses": [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry],
     }
 
 
