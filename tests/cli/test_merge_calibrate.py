@@ -54,12 +54,18 @@ def answers(folder: Path, asked: list[Question], keep: float | None = None) -> l
 
 
 def test_a_merged_folder_answers_alike(
-    adapter: Path, base: Path, asked: list[Question], tmp_path: Path
+    adapter: Path,
+    base: Path,
+    asked: list[Question],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     merged = tmp_path / "made" / "merged"
+    capfd.readouterr()
     log = [{"step": 2, "epoch": 0.5, "eval_loss": 0.625}]
     (adapter / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert main(["merge", "--model", str(adapter), "--output", str(merged)]) == 0
+    assert capfd.readouterr().out == f"merged {adapter} into {merged}\n"
     expected = answers(adapter, asked)
     assert answers(merged, asked) == expected
     assert expected != answers(base, asked)

@@ -71,6 +71,12 @@ def again(name: str, resume: str | None = None, **replaced: str) -> dict[str, An
     return run(TRAINER, **replaced)
 
 
+def scheduled(keep: str) -> dict[str, str]:
+    """What to replace for a `keep` that moves."""
+    attached = "from itprune import Schedule\nattached = attach("
+    return {"PruneConfig(keep=0.22)": f"PruneConfig(keep={keep})", "attached = attach(": attached}
+
+
 def logged(names: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
 
@@ -218,9 +224,7 @@ def test_added_as_any_callback_it_does_the_same_but_for_other_reports(
 
 def test_a_log_tells_of_the_steps_since_the_last_one(trained: dict[str, Any]) -> None:
     """Steps that prune, then steps that do not: nothing of the first is in the second's shares."""
-    budgets = {"PruneConfig(keep=0.22)": "PruneConfig(keep=Schedule(1.0, 0.22, until=0.25))"}
-    schedule = {"import PromptFormat": "import Schedule, PromptFormat"}
-    names = again("outputs/rising", **budgets, **schedule)
+    names = again("outputs/rising", **scheduled("Schedule(1.0, 0.22, until=0.25)"))
     first, *others = [e for e in names["trainer"].state.log_history if "loss" in e]
     assert first["kept_stage2"] < 1
     assert others
@@ -228,9 +232,7 @@ def test_a_log_tells_of_the_steps_since_the_last_one(trained: dict[str, Any]) ->
 
 
 def test_what_is_calibrated_is_the_target_after_training(trained: dict[str, Any]) -> None:
-    falls = {"PruneConfig(keep=0.22)": "PruneConfig(keep=Schedule(0.22))"}
-    schedule = {"import PromptFormat": "import Schedule, PromptFormat"}
-    names = again("outputs/falling", **falls, **schedule)
+    names = again("outputs/falling", **scheduled("Schedule(0.22)"))
     assert names["attached"].calibration.samples == SAMPLES
     assert names["attached"].keep == 0.22
 

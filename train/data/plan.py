@@ -1,22 +1,21 @@
 """Plan: which samples make the batches of a step, for all ranks at once.
 
 A pure function of the samples' order and their estimated costs, so every rank computes the same
-plan and takes its own batches out of it. Samples wait in the order they were drawn; a step takes
-the one that has waited longest and those nearest to it in length, so none is left behind.
+plan and takes its own batches out of it. Samples wait in the order they were drawn; the one that
+has waited longest is always taken, so none is left behind.
 
-A step of like samples is even in all that takes time. Packed rows cost the sum of their kept
-tokens, but encoder and projector work on every token, and the host model makes one tensor of all
-rows, as long as the longest: many short samples beside one with six images would mostly pay for
-padding. Padded rows cost the longest one for each sample.
+Packed rows cost the sum of their kept tokens, whatever their lengths: a step takes samples as they
+were drawn, so it is as mixed as the data is, and shares them out evenly. Padded rows cost the
+longest one for each sample, so such a step takes samples of like length.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from train.data.lengths import Cost, Lengths, Outline, margin
 PATIENCE = 8
 """Samples that may not fit before a packed step counts as full."""
 SPREAD = 8
-"""Steps that the waiting samples would fill."""
+"""Padded steps that the waiting samples would fill."""
 
 
 class Drawn(NamedTuple):
@@ -43,8 +42,6 @@ class Priced:
 
     drawn: Drawn
     cost: Cost
-    full: float
-    """Its tokens before pruning, by which like samples are found."""
 
 
 Batches = list[list[Priced]]
@@ -133,63 +130,83 @@ def plan_step(
     """
 
     def price(drawn: Drawn) -> Priced:
-        full = lengths.cost(drawn.outline, 1.0).tokens
-        return Priced(drawn, lengths.cost(drawn.outline, share), full)
+        return Priced(drawn, lengths.cost(drawn.outline, share))
 
-    fill = partial(_fill_packed if packed else _fill_padded, limit=limit, batches=batches)
-    return _plan(draws, price, batches * limit, fill)
-
-
-def _plan(
-    draws: Draws,
-    price: Callable[[Drawn], Priced],
-    budget: float,
-    fill: Callable[..., Batches | None],
-) -> list[list[Drawn]]:
-    """Takes from the samples waiting, the oldest among them, whatever `fill` makes of like ones."""
     waiting = [price(drawn) for drawn in draws.waiting]
-    total = sum(_widest(sample) for sample in waiting)
-    while True:
-        while not waiting or total < SPREAD * budget:
-            waiting.append(price(draws.draw()))
-            total += _widest(waiting[-1])
-        batches = _from_oldest(waiting[0], waiting[1:], fill)
-        if batches is not None:
-            break
-        total -= budget  # too few for whole batches: a few more
-    gone = {id(sample) for batch in batches for sample in batch}
+    plan = _plan_packed if packed else _plan_padded
+    made = plan(waiting, lambda: price(draws.draw()), limit, batches)
+    gone = {id(sample) for batch in made for sample in batch}
     draws.waiting = [sample.drawn for sample in waiting if id(sample) not in gone]
-    return [[sample.drawn for sample in batch] for batch in batches]
+    return [[sample.drawn for sample in batch] for batch in made]
 
 
-def _from_oldest(
-    oldest: Priced, others: Sequence[Priced], fill: Callable[..., Batches | None]
-) -> Batches | None:
-    """A step of the oldest sample and those next shorter than it, or as many longer ones as it
-    takes where too few are shorter."""
-    ranked = sorted(others, key=lambda sample: -sample.full)
-    place = bisect_left(ranked, -oldest.full, key=lambda sample: -sample.full)
-    more = bisect_left(
-        range(place + 1), True, key=lambda n: fill([oldest, *ranked[place - n :]]) is not None
-    )
-    return None if more > place else fill([oldest, *ranked[place - more :]])
-
-
-def _fill_packed(ranked: Sequence[Priced], limit: int, batches: int) -> Batches | None:
-    """Each sample into the emptiest batch, the longest first; None: too few to fill them."""
+# ---------------------------------------------------------------------------------------- packed
+def _plan_packed(
+    waiting: list[Priced], draw: Callable[[], Priced], limit: int, batches: int
+) -> Batches:
+    """The samples that have waited longest, as many as fill the step, each into the emptiest batch,
+    longest first; then those behind them, drawn into `waiting`, wherever one still fits."""
     made = [Packed(limit) for _ in range(batches)]
     heap = [(0.0, i) for i in range(batches)]
     misses = 0
-    for sample in ranked:
-        batch = made[heap[0][1]]
-        if batch.takes(sample.cost):
-            batch.add(sample)
-            heapq.heapreplace(heap, (batch.tokens, heap[0][1]))
+    for sample in _in_turn(waiting, draw, batches * limit):
+        _, i = heap[0]
+        if made[i].takes(sample.cost):
+            made[i].add(sample)
+            heapq.heapreplace(heap, (made[i].tokens, i))
             continue
         misses += 1
-        if misses > PATIENCE:
-            return [batch.samples for batch in made]
-    return None
+        if misses == PATIENCE:
+            break
+    return [batch.samples for batch in made]
+
+
+def _in_turn(waiting: list[Priced], draw: Callable[[], Priced], room: float) -> Iterator[Priced]:
+    """The oldest sample, those that fill the room beside it, longest first, and then, without end,
+    all others as they come."""
+
+    def sample(place: int) -> Priced:
+        if place == len(waiting):
+            waiting.append(draw())
+        return waiting[place]
+
+    left, count = room, 0
+    while sample(count).cost.tokens <= left:
+        left -= sample(count).cost.tokens
+        count += 1
+    yield sample(0)
+    yield from sorted(waiting[1:count], key=lambda one: -one.cost.tokens)
+    yield from map(sample, itertools.count(max(count, 1)))
+
+
+# ---------------------------------------------------------------------------------------- padded
+def _plan_padded(
+    waiting: list[Priced], draw: Callable[[], Priced], limit: int, batches: int
+) -> Batches:
+    """The oldest sample and those next shorter than it, or as many longer ones as it takes where
+    too few are shorter; more are drawn into `waiting`."""
+    total, wanted = sum(_widest(sample) for sample in waiting), SPREAD * batches * limit
+    while True:
+        while not waiting or total < wanted:
+            waiting.append(draw())
+            total += _widest(waiting[-1])
+        made = _from_oldest(waiting[0], waiting[1:], limit, batches)
+        if made is not None:
+            return made
+        wanted += batches * limit  # too few for whole batches: a few more
+
+
+def _from_oldest(
+    oldest: Priced, others: Sequence[Priced], limit: int, batches: int
+) -> Batches | None:
+    ranked = sorted(others, key=lambda sample: -_widest(sample))
+    place = bisect_left(ranked, -_widest(oldest), key=lambda sample: -_widest(sample))
+
+    def fill(longer: int) -> Batches | None:
+        return _fill_padded([oldest, *ranked[place - longer :]], limit, batches)
+
+    more = bisect_left(range(place + 1), True, key=lambda longer: fill(longer) is not None)
+    return None if more > place else fill(more)
 
 
 def _fill_padded(ranked: Sequence[Priced], limit: int, batches: int) -> Batches | None:
