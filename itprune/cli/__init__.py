@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Imported by transformers where it is installed, it tells them on stdout that there is no GPU.
+    logging.getLogger("DeepSpeed").disabled = True
     try:
         with _short_warnings():
             return args.run(args)

@@ -8,7 +8,6 @@ keeps its type. `itprune export` makes a folder to deploy, of any checkpoint.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from itprune.cli.loading import DTYPES, check_folder, dtype_of, one_sentence
@@ -66,7 +65,6 @@ def write_whole(
         ValueError: in one sentence.
     """
     with new_folder(output) as partial:
-        import torch
         from transformers.utils import logging
 
         from itprune.card import base_of, history_of, write_card
@@ -74,8 +72,6 @@ def write_whole(
         from itprune.export import read_model, write_model
         from itprune.inputs import load_processor
 
-        if not torch.accelerator.is_available():  # DeepSpeed warns on stdout of having guessed it
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         with one_sentence(folder):
