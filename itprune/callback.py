@@ -9,7 +9,6 @@ into every checkpoint, so that `itprune.load_pretrained` loads any of them.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from itprune.attach import Attached, base_model
 from itprune.calibrating import calibrate
 from itprune.calibration import Calibration
-from itprune.card import TAG, TRAINER_STATE, KeptShares, is_ours, write_card
+from itprune.card import TAG, TRAINER_STATE, KeptShares, history_of, is_ours, write_card
 from itprune.checkpoint import save_pruner
 from itprune.engine.request import IGNORE
 from itprune.families import find_family
@@ -235,8 +234,7 @@ def refill(model: PreTrainedModel, folder: Path, history: Sequence[Any]) -> None
         folder: where the checkpoint is looked for; elsewhere there may be one of another run.
         history: what was logged until it was saved.
     """
-    path = folder / TRAINER_STATE
-    if not path.is_file() or json.loads(path.read_text())["log_history"] != history:
+    if not (folder / TRAINER_STATE).is_file() or history_of(folder) != history:
         warnings.warn(
             f"going on from a checkpoint that is not {folder}: weights that files name otherwise "
             "than modules are not read from it; resume from a checkpoint in `output_dir`",

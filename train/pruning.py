@@ -107,9 +107,10 @@ def _parts_folder(recipe: Recipe) -> Path | None:
     return folder if same else None
 
 
-def entering_share(attached: Any | None) -> float:
-    """Share of the visual tokens that enters the LLM at the largest `keep` of the run."""
-    if attached is None:
+def entering_share(recipe: Recipe, attached: Any | None) -> float:
+    """Share of the visual tokens that enters the LLM at the largest `keep` of the run; routers
+    look at whole samples."""
+    if attached is None or recipe.mode == "router":
         return 1.0
     now, budgets = attached.keep, attached.config.budgets
     attached.set_keep(None if None in budgets else max(budgets))
@@ -120,7 +121,7 @@ def entering_share(attached: Any | None) -> float:
 
 def fit_encoder(encoder: Encoder, recipe: Recipe, model: nn.Module, attached: Any | None) -> None:
     """Tells the encoder how long a sample may be for this model with this pruner."""
-    encoder.visual_share = 1.0 if recipe.mode == "router" else entering_share(attached)
+    encoder.visual_share = entering_share(recipe, attached)
     encoder.positions = base_of(model).config.get_text_config().max_position_embeddings
 
 

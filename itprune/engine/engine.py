@@ -180,8 +180,8 @@ class Engine:
         cache = kwargs.get("past_key_values")
         if active and isinstance(cache, Cache):
             check_dynamic(cache)
-        short = active or self._shortens_text()
-        learns = model.training and (wanted == "always" or (wanted == "pruned" and short))
+        short = wanted == "pruned" and self._shortens(request)
+        learns = model.training and (wanted == "always" or short)
         if learns or self.label_only:
             kwargs = request.label_only(kwargs)
         self._request = request
@@ -231,7 +231,7 @@ class Engine:
             kwargs = {**kwargs, "inputs_embeds": embeds + nothing(self.family, embeds)}
         active = request.has_images and not self.method.idle
         cache = kwargs.get("past_key_values")
-        if not (active or self._shortens_text() or is_pruned(cache)):
+        if not (self._shortens(request) or is_pruned(cache)):
             return args, kwargs
         kwargs = {**kwargs, **self._cache_kwargs(kwargs)}
         added = self.family.added_after_layers(kwargs) if active else None
@@ -242,8 +242,10 @@ class Engine:
             kwargs["attention_mask"] = torch.ones_like(context.sequence.valid, dtype=torch.long)
         return args, {**kwargs, CONTEXT: Carried(context)}
 
-    def _shortens_text(self) -> bool:
-        return self.packs_text and self._text.training and not self.method.idle
+    def _shortens(self, request: Request) -> bool:
+        """Whether layers of this call may run on fewer positions than the host made."""
+        text = self.packs_text and self._text.training
+        return (request.has_images or text) and not self.method.idle
 
     def _cache_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache, made early so that its layers can be replaced; none while training."""
@@ -258,7 +260,6 @@ class Engine:
 
     def _context(self, request: Request, kwargs: dict[str, Any], active: bool) -> Context:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        short = active or self._shortens_text()
         cache = kwargs.get("past_key_values")
         if active and mask is None and cache is None:
             check_one_sample(kwargs.get("position_ids"))
@@ -278,7 +279,7 @@ class Engine:
             cache=cache,
             flash="flash" in self._text.config._attn_implementation,
             method=self.method if active else None,
-            first=sequence.rows(embeds, packed) if short else None,
+            first=sequence.rows(embeds, packed) if self._shortens(request) else None,
             packed=packed,
             causal=self.family.causal,
             host=self,

@@ -66,7 +66,7 @@ def batches_of(
     """
     known = [kept.keep for kept in budgets if kept.keep is not None]
     keep = max(known) if pruned is not None and len(known) == len(budgets) else 1.0
-    enters = entering_share(pruned) if recipe.mode != "router" else 1.0
+    enters = entering_share(recipe, pruned)
     costs = sorted((size.tokens(keep) for size in data.sizes), reverse=True)
     mean = sum(costs) / len(costs)
     limit = recipe.data.max_tokens_per_batch
