@@ -212,16 +212,21 @@ def test_uneven_batches_give_the_loss_and_gradient_of_one(
     assert torch.allclose(torch.tensor(curves[0]), torch.tensor(curves[1]), atol=1e-4)
 
 
-def test_lengths_count_at_the_largest_keep_of_the_run(tiny_llava_folder: Path) -> None:
+def test_lengths_count_at_the_largest_keep_of_the_run(
+    tiny_llava_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    values = recipe_values(tiny_llava_folder, data, tmp_path / "run")
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", values))
+
     def share(keep: Any) -> float:
         model = AutoModelForImageTextToText.from_pretrained(tiny_llava_folder)
         with attach(model, PruneConfig(keep=keep, options={"stage2": None})) as attached:
             before = attached.keep
-            found = entering_share(attached)
+            found = entering_share(recipe, attached)
             assert attached.keep == before
         return found
 
-    assert entering_share(None) == 1.0
+    assert entering_share(recipe, None) == 1.0
     assert share(0.25) == pytest.approx(0.25)
     assert share([0.25, 0.5]) == pytest.approx(0.5)
     assert share({"from": 1.0, "to": 0.25}) == 1.0
