@@ -49,6 +49,7 @@ from train.pruning import (
 )
 from train.recipe.arguments import check_reentry, on_cpu, training_arguments
 from train.recipe.config import Recipe
+from train.record import Record
 from train.reports import prepare_reports
 from train.resume import agree, find_checkpoint
 from train.router import RouterTrainer
@@ -68,11 +69,17 @@ class Data:
     val: SampleDataset | None
     stream: StreamFeed | None
 
+    @property
+    def samples(self) -> dict[str, int | None]:
+        """How many there are; None: nobody knows (a stream), or there are none."""
+        train = len(self.train) if self.stream is None else None
+        return {"train": train, "val": len(self.val) if self.val is not None else None}
+
 
 def run(
     recipe: Recipe, launch: Launch, resume: bool = False, stop: StopRequest | None = None
 ) -> None:
-    """Trains as the recipe says and leaves model, pruner, processor and recipe in its folder.
+    """Trains as the recipe says; leaves model, pruner, processor, recipe and record in its folder.
 
     Args:
         recipe: a validated recipe.
@@ -95,7 +102,9 @@ def run(
     if args.process_index == 0:
         print(describe(recipe, trainer, checkpoint))
         write_recipe(recipe.output, recipe)
-    train(trainer, checkpoint)
+    record = Record.open(recipe, args, launch, checkpoint, data.samples)
+    with record.watched(trainer):
+        train(trainer, record, checkpoint)
 
 
 def prepare_arguments(recipe: Recipe, launch: Launch) -> tuple[TrainingArguments, bool]:
@@ -231,9 +240,9 @@ def make_callbacks(
     return [CalibrateCallback(attached, batches, late=recipe.mode == "router"), steps]
 
 
-def train(trainer: PruneTrainer, checkpoint: Path | None) -> None:
+def train(trainer: PruneTrainer, record: Record, checkpoint: Path | None) -> None:
     """Trains, and saves what came of it."""
-    with trainer.guarded():
+    with trainer.guarded(record.lost):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.bad.settle()
         trainer.progress.enter("saving the trained model")

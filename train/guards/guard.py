@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,16 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------- faults
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, lost: Callable[[str], None]) -> Iterator[None]:
         """Watches what runs inside and tells of its end.
+
+        Args:
+            lost: is told why the process is about to be ended where no exception can say so.
 
         Raises:
             Fault: in place of every exception that a sentence explains.
         """
-        watchdog = Watchdog(self.progress, self.args.ddp_timeout, self.stop, self._kept)
+        watchdog = Watchdog(self.progress, self.args.ddp_timeout, self.stop, self._kept, lost)
         remove = watch_modules(base_of(self.model), self.progress)
         self.stop.saves = True
         try:

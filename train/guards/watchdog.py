@@ -92,15 +92,22 @@ class Watchdog:
         limit: seconds without movement that end it.
         stop: whether it was asked to stop, which shortens them.
         advice: how to go on, the end of the line.
+        lost: is told the line, too, before the process ends.
     """
 
     def __init__(
-        self, progress: Progress, limit: float, stop: StopRequest, advice: Callable[[], str]
+        self,
+        progress: Progress,
+        limit: float,
+        stop: StopRequest,
+        advice: Callable[[], str],
+        lost: Callable[[str], None],
     ) -> None:
         self.progress = progress
         self.limit = limit
         self.stop = stop
         self.advice = advice
+        self.lost = lost
         self.peers = Peers(progress)
         self._done = threading.Event()
         self._speaks = threading.Lock()
@@ -141,7 +148,11 @@ class Watchdog:
 
     def _end(self, what: str) -> None:
         threading.Thread(target=self._keep_telling, daemon=True).start()
-        print(f"error: {what}: {self.where()}; {self.advice()}", file=sys.stderr, flush=True)
+        line = f"{what}: {self.where()}; {self.advice()}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        teller = threading.Thread(target=self.lost, args=(line,), daemon=True)
+        teller.start()
+        teller.join(ANSWER)  # a file system that hangs must not keep the process
         os._exit(STATUS)
 
     def _keep_telling(self) -> None:
