@@ -28,6 +28,10 @@ from itprune.question import Question
 from itprune.report import Report, Segment
 
 
+class TooLong(ValueError):
+    """A prompt that does not fit the model's context."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One question: tensors of its tokens (T,), and image inputs as the processor lays them out."""
@@ -114,7 +118,8 @@ class Answerer:
         """Renders, tokenises and resizes one question.
 
         Raises:
-            ValueError: the prompt does not fit the model's context, or the processor refuses it.
+            TooLong: the prompt does not fit the model's context.
+            ValueError: the processor refuses it.
         """
         start = time.perf_counter()
         texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
@@ -124,7 +129,7 @@ class Answerer:
         inputs = self._inputs(question)
         encoded = Encoded(inputs, time.perf_counter() - start)
         if encoded.length >= self.text_config.max_position_embeddings:
-            raise ValueError(
+            raise TooLong(
                 f"the prompt has {encoded.length} tokens with its images, but the model's context "
                 f"holds {self.text_config.max_position_embeddings}; shorten it or use fewer images"
             )
@@ -180,7 +185,7 @@ class Answerer:
         Raises:
             ValueError: the model refuses one of them, or memory does not suffice.
         """
-        rooms = [self._room(encoded) for encoded in batch]
+        rooms = [self.room(encoded) for encoded in batch]
         attached = self.loaded.attached
         before = attached.report if attached is not None else None
         clock = Clock(self.model.device)
@@ -189,8 +194,8 @@ class Answerer:
         try:
             out = generate(
                 **inputs,
-                generation_config=self._settings(max(rooms)),
-                logits_processor=self._sampler(batch),
+                generation_config=self.settings(max(rooms)),
+                logits_processor=self.sampler(batch),
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         except torch.OutOfMemoryError:
@@ -205,7 +210,7 @@ class Answerer:
         rows = [self._cut(ids, room) for ids, room in zip(new, rooms, strict=True)]
         return self._answers(batch, rows, report, out.past_key_values, clock)
 
-    def _room(self, encoded: Encoded) -> int:
+    def room(self, encoded: Encoded) -> int:
         """Tokens an answer may have: as asked for, within the model's context."""
         left = self.text_config.max_position_embeddings - encoded.length
         return min(self.decoding.max_new_tokens, left)
@@ -227,7 +232,8 @@ class Answerer:
         pad = self.processor.tokenizer.pad_token_id
         return self.stops[0] if pad is None else pad
 
-    def _settings(self, longest: int) -> GenerationConfig:
+    def settings(self, longest: int) -> GenerationConfig:
+        """What `generate` is told, for answers of at most `longest` tokens."""
         return GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,  # RowSampler draws
@@ -238,7 +244,8 @@ class Answerer:
             return_dict_in_generate=True,
         )
 
-    def _sampler(self, batch: Sequence[Encoded]) -> LogitsProcessorList:
+    def sampler(self, batch: Sequence[Encoded]) -> LogitsProcessorList:
+        """How tokens are drawn: each question has its own stream."""
         if self.decoding.temperature == 0:
             return LogitsProcessorList()
         seeds = [row_seed(self.decoding.seed, encoded.inputs.values()) for encoded in batch]

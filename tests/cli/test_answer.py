@@ -74,7 +74,7 @@ def test_keep_one_is_plain_transformers(checkpoint: Path, asked: list[Question])
 def test_figures_are_those_of_the_cache(answerer: Answerer, asked: list[Question]) -> None:
     encoded = [answerer.encode(question) for question in asked]
     reported = answerer.answer(encoded)
-    settings = answerer._settings(1)
+    settings = answerer.settings(1)
     out = answerer.model.generate(**answerer.collate(encoded), generation_config=settings)
     layers = out.past_key_values.layers
     assert all(isinstance(layer, PrunedLayer) for layer in layers)
@@ -117,7 +117,7 @@ def test_an_answer_ends_at_its_end_token(checkpoint: Path, asked: list[Question]
     loaded = load_pretrained(checkpoint, device="cpu")
     answerer = Answerer(loaded, DRAW)
     encoded = [answerer.encode(question) for question in asked]
-    settings = answerer._settings(6)
+    settings = answerer.settings(6)
     out = answerer.model.generate(**answerer.collate(encoded), generation_config=settings)
     width = answerer.collate(encoded)["input_ids"].shape[1]
     second = int(out.sequences[0, width + 1])
