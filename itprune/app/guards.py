@@ -1,0 +1,99 @@
+"""Guards: who may speak to the server, and what a browser may do with its pages.
+
+A page of another site can send requests to a server on this machine, and by DNS rebinding even read
+the answers. Such a request carries the other site's name in `Host` or `Origin`; it is refused.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from itprune.app.addresses import is_loopback, is_number
+
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob:",  # the preview of the visitor's own picture
+        "connect-src 'self'",
+        "object-src 'none'",
+        "base-uri 'none'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "cache-control": "no-store",
+}
+
+
+class Guards:
+    """Wraps an application: refuses strangers, and sets the headers of every answer.
+
+    Args:
+        app: the application.
+        host: the address it is bound to.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app = app
+        self.open = not is_loopback(host)
+        self.names = frozenset(_names(host))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        if refusal is None:
+            await self.app(scope, receive, guarded)
+        else:
+            await JSONResponse({"error": refusal}, 403)(scope, receive, guarded)
+
+    def _refusal(self, method: str, headers: Headers) -> str | None:
+        """One sentence to a request that is not from our own page; None: it may pass."""
+        host = headers.get("host", "")
+        if not self._known(host):
+            return "this server does not go by that name; open the address it printed"
+        if method in ("GET", "HEAD"):
+            return None
+        origin = headers.get("origin")  # browsers always send it here; other programs need not
+        if origin is not None and urlsplit(origin).netloc != host:
+            return "this request comes from another site's page"
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return "this request comes from another site's page"
+        return None
+
+    def _known(self, host: str) -> bool:
+        """Whether a Host header names this server. Where others are let in it may also be any
+        address in numbers: rebinding needs a name."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self.names or (is_number(name) if self.open else is_loopback(name))
+
+
+def _names(host: str) -> Iterable[str]:
+    """Names of this server, beside addresses in numbers."""
+    yield from ("localhost", host.lower())
+    if not is_loopback(host):
+        yield socket.gethostname().lower()

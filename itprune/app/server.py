@@ -1,0 +1,153 @@
+"""Server: the page's addresses and what they answer. Every refusal is JSON {"error": sentence}."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from itprune.app.asking import Refusal, read_ask
+from itprune.app.guards import Guards
+from itprune.app.session import Event, Session
+from itprune.app.worker import END, Full, Job, Worker
+
+logger = logging.getLogger(__name__)
+
+STATIC = {
+    "/": ("itprune.app", "static/index.html", "text/html"),
+    "/app.js": ("itprune.app", "static/app.js", "text/javascript"),
+    "/drawing.js": ("itprune.app", "static/drawing.js", "text/javascript"),
+    "/style.css": ("itprune.app", "static/style.css", "text/css"),
+    "/icon.svg": ("itprune.app", "static/icon.svg", "image/svg+xml"),
+    "/pages.css": ("itprune.pages", "style.css", "text/css"),
+}
+"""Address -> package, file and type: nothing else of the disk can be asked for."""
+BEAT = 5.0
+"""Seconds of silence after which a stream says that it is still there."""
+DECODERS = 2
+"""Pictures that are checked at a time; a large one takes a hundred megabytes meanwhile."""
+SENTENCES = {404: "there is nothing at this address", 405: "this address does not take that"}
+
+
+def make_app(session: Session, worker: Worker, host: str = "127.0.0.1") -> Starlette:
+    """The application.
+
+    Args:
+        session: answers, and knows what may be asked.
+        worker: started; serves the session.
+        host: the address the server is bound to.
+    """
+    asker = _Asker(session, worker)
+    routes = [Route(path, _static(*where)) for path, where in STATIC.items()]
+    routes += [
+        Route("/api/model", lambda request: JSONResponse(session.facts())),
+        Route("/api/ask", asker.ask, methods=["POST"]),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guards, host=host)],
+        exception_handlers={
+            Refusal: _refuse,
+            HTTPException: _refuse_address,
+            ClientDisconnect: _nobody,
+            Exception: _fail,
+        },
+    )
+
+
+def _static(package: str, name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = (files(package) / name).read_bytes()
+
+    async def serve(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return serve
+
+
+class _Asker:
+    """Takes questions and streams their answers."""
+
+    def __init__(self, session: Session, worker: Worker) -> None:
+        self.session, self.worker = session, worker
+        self.decoders = asyncio.Semaphore(DECODERS)
+
+    async def ask(self, request: Request) -> Response:
+        """An upload in, events out as they come (text/event-stream)."""
+        self._refuse_full()  # before the upload is read
+        ask = await read_ask(request, self.session.limits)
+        try:
+            async with self.decoders:
+                await run_in_threadpool(self.session.check, ask)
+        except ValueError as error:
+            raise Refusal(422, str(error)) from None
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = Job(ask, tell)
+        try:
+            self.worker.join(job)
+        except Full:
+            self._refuse_full(full=True)
+        return StreamingResponse(self._stream(job, events), media_type="text/event-stream")
+
+    def _refuse_full(self, full: bool | None = None) -> None:
+        if self.worker.full if full is None else full:
+            raise Refusal(503, "too many questions are waiting; try again in a minute")
+
+    async def _stream(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(events.get(), BEAT)
+                except TimeoutError:
+                    yield ": still here\n\n"  # also finds out that nobody listens
+                    continue
+                yield f"data: {json.dumps(event)}\n\n"
+                if event == END:
+                    return
+        finally:  # also when the visitor has gone
+            self.worker.leave(job)
+
+
+# ------------------------------------------------------------------------------------ refusals
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    headers = {"retry-after": "60"} if error.status == 503 else {}
+    return JSONResponse({"error": error.sentence}, error.status, headers)
+
+
+async def _refuse_address(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    sentence = SENTENCES.get(error.status_code, "this request cannot be met")
+    return JSONResponse({"error": sentence}, error.status_code)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """The visitor went while the upload was read: nobody will see this."""
+    return Response(status_code=400)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    """The cause goes to the terminal, not to the visitor."""
+    return JSONResponse({"error": "something went wrong in the server"}, 500)
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream that is through; for programs that ask without a browser."""
+    lines = [line for line in text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line[len("data: ") :]) for line in lines]
