@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-e '.[train,quant,trl,wandb,plots,search,examples,dev]'
+		-e '.[train,quant,trl,wandb,plots,app,search,examples,dev]'
 	touch $(READY)
 
 quickstart: $(READY)  ## data, pruned LoRA through DeepSpeed, inference, a table and pictures
