@@ -62,4 +62,4 @@ def _load_entry_points() -> None:
 
 
 # Importing a task's file registers it.
-from itprune.tasks import records  # noqa: E402, F401
+from itprune.tasks import gqa, mmbench, mme, pope, records, scienceqa, vqa  # noqa: E402, F401
