@@ -16,8 +16,6 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
     from itprune.cli.question_lines import Line
-
-LONGEST_WAIT = timedelta(days=30)
-"""A process that is done waits for the others, however long they take."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         from train.launcher import read_launch
+        from train.together import together
 
         launch = read_launch(args.local_rank)
-        with _together(launch.processes):
+        with together(launch.processes):
             return run(args, launch.rank, launch.processes)
     except (ValueError, OSError) as error:
         if args.traceback:
@@ -75,16 +71,17 @@ def run(args: argparse.Namespace, rank: int, processes: int) -> int:
     from itprune.cli.answer_lines import answer_lines
     from itprune.cli.infer import check_file_options, decoding, load_answerer, progress
     from itprune.cli.question_lines import STDIN, QuestionLines
+    from train.together import own_device, wait
 
     if args.jsonl in (None, STDIN) or args.output in (None, STDIN):
         raise ValueError("give --jsonl and --output as files")
     check_file_options(args)
-    _own_device(args)
+    args.device = own_device(args.device)
     source = QuestionLines.from_options(args, decoding(args))
     if rank == 0:  # folds in what an interrupted run left
         with AnswerFile.open(args.output, source.path, args.retry):
             pass
-    _wait(processes)
+    wait(processes)
     with AnswerFile.part(args.output, rank) as out:
         earlier = len(out.done) // processes
         mine = share(out.left_over(source), args.batch_size, rank, processes)
@@ -95,7 +92,7 @@ def run(args: argparse.Namespace, rank: int, processes: int) -> int:
             with progress(total, earlier, args.quiet or rank > 0) as bar:
                 lines = itertools.chain([first], mine)
                 answer_lines(answerer, lines, source, out.write, args.batch_size, bar)
-    _wait(processes)
+    wait(processes)
     if rank > 0:
         return 0
     with AnswerFile.open(args.output, source.path) as whole:
@@ -107,37 +104,6 @@ def share(lines: Iterable[Line], size: int, rank: int, processes: int) -> Iterat
     for index, line in enumerate(lines):
         if index // size % processes == rank:
             yield line
-
-
-def _own_device(args: argparse.Namespace) -> None:
-    """Each process of a node its own GPU."""
-    import torch
-
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{local % torch.cuda.device_count()}"
-
-
-@contextmanager
-def _together(processes: int) -> Iterator[None]:
-    """A process group for waiting only, hence gloo on any machine."""
-    if processes == 1:
-        yield
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _wait(processes: int) -> None:
-    if processes > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from itprune.cli.loading import DTYPES, check_folder, load
+from itprune.cli.loading import DTYPES, check_folder, load_as_saved, numbers
 
 if TYPE_CHECKING:
-    from itprune.checkpoint import Loaded
     from itprune.comparing.run import Settings
-
-T = TypeVar("T")
 
 EXAMPLES = """\
 an entry of --methods:
@@ -98,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     check_folder(settings.model)
     keeps, seeds = (
-        _numbers("--keep", args.keep, float),
-        _numbers("--seeds", args.seeds, int),
+        numbers("--keep", args.keep, float),
+        numbers("--seeds", args.seeds, int),
     )
     from itprune.comparing.entries import make_cases, parse_entries
     from itprune.comparing.plot import draw_pareto
@@ -111,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(
         settings,
         make_cases(entries, keeps, seeds),
-        lambda: _load(args),
+        lambda: load_as_saved(args),
         lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
     )
     comparison.run()
@@ -128,12 +124,6 @@ def run(args: argparse.Namespace) -> int:
         warnings.warn(f"no pareto.png: {error}", stacklevel=1)
     print(f"{settings.output}: {', '.join(written)}")
     return 0
-
-
-def _load(args: argparse.Namespace) -> Loaded:
-    """The model with what its checkpoint says; its budget is not the list of --keep."""
-    options = {name: vars(args)[name] for name in ("model", "device", "dtype")}
-    return load(argparse.Namespace(**options, keep=None, method=None))
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -167,13 +157,3 @@ def _settings(args: argparse.Namespace) -> Settings:
         retry=args.retry,
         retime=args.retime,
     )
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    try:
-        found = [kind(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        found = []
-    if not found:
-        raise ValueError(f"{option}: must be numbers joined by commas, got {text!r}")
-    return found

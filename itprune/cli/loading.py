@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from itprune.checkpoint import Loaded
 
+T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,6 +72,31 @@ def load(args: argparse.Namespace, **changes: Any) -> Loaded:
         raise ValueError(f"--device {args.device}: this machine has no CUDA device; use cpu")
     with one_sentence(Path(args.model)):
         return load_pretrained(args.model, **{**wanted, **changes})
+
+
+def load_as_saved(args: argparse.Namespace) -> Loaded:
+    """The model with what its checkpoint says, for commands whose --keep is a list of budgets.
+
+    Raises:
+        ValueError: anything that stands against it, in one sentence.
+    """
+    options = {name: vars(args)[name] for name in ("model", "device", "dtype")}
+    return load(argparse.Namespace(**options, keep=None, method=None))
+
+
+def numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """The numbers of an option, joined by commas.
+
+    Raises:
+        ValueError: something else, or none.
+    """
+    try:
+        found = [kind(piece) for piece in text.split(",") if piece.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"{option}: must be numbers joined by commas, got {text!r}")
+    return found
 
 
 @contextmanager

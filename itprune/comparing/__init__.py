@@ -9,6 +9,7 @@
     run        the order of it all
     summary    rows become lines of a table: seeds joined, intervals, ratios to dense
     tables     CSV, JSON, Markdown
+    curves     how methods are drawn, here and by `itprune eval`
     plot       accuracy over budget and over time
 
 No table is made without `dense`, `random` and `downsample`: a method that does not beat a random

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from itprune.answer import Answer, Answerer, Encoded
 from itprune.attach import Attached
@@ -18,6 +18,7 @@ from itprune.comparing.scoring import is_right
 from itprune.comparing.subject import Subject
 from itprune.question import ImageFolder
 
+T = TypeVar("T")
 CACHED = 2**30
 """Bytes of encoded samples kept between cases, so that pictures are not resized for each."""
 
@@ -50,8 +51,7 @@ class Encodings:
         try:
             encoded = answerer.encode(sample.question(self.images))
         except ValueError as error:
-            name = sample.record.get("id", ", ".join(sample.pictures) or "without id")
-            raise UnreadableSample(f"sample {name}: {error}") from None
+            raise UnreadableSample(f"sample {sample.name}: {error}") from None
         self._room -= sum(t.numel() * t.element_size() for t in encoded.inputs.values())
         if self._room > 0:
             self._made[id(sample)] = encoded
@@ -79,10 +79,10 @@ def answer_case(subject: Subject, case: Case, parts: Parts, how: Asking) -> dict
     """
     with subject.wearing(case) as attached:
         answerer = subject.answerer(attached, how.max_new_tokens)
-        calibration = _calibrate(attached, answerer, parts.calibration, how)
+        calibration = calibrate_on(attached, answerer, parts.calibration, how)
         answers = [
             answer
-            for batch in _batches(parts.scored, how.batch_size)
+            for batch in batches_of(parts.scored, how.batch_size)
             for answer in answerer.answer([how.encode(answerer, s) for s in batch])
         ]
     right = [is_right(a.answer, s.answers) for a, s in zip(answers, parts.scored, strict=True)]
@@ -93,21 +93,27 @@ def answer_case(subject: Subject, case: Case, parts: Parts, how: Asking) -> dict
     }
 
 
-def _calibrate(
+def calibrate_on(
     attached: Attached, answerer: Answerer, samples: Sequence[Sample], how: Asking
 ) -> Calibration | None:
+    """Fits the pruner at work where its method asks for it.
+
+    Raises:
+        ValueError: there is nothing to fit it to.
+    """
     if attached.keep == 1.0 or not attached.method.calibrates:
         return None
     if not samples:
         raise ValueError("needs calibration, and the data has too few pictures to set any aside")
     batches = [
         answerer.collate([how.encode(answerer, s) for s in batch])
-        for batch in _batches(samples, how.batch_size)
+        for batch in batches_of(samples, how.batch_size)
     ]
     return calibrate(attached, batches, limit=len(samples))
 
 
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+def batches_of(samples: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`size` of them at a time; the last may have fewer."""
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from itprune.question import ROLES, ImageFolder, Question
 from itprune.records import read_records
@@ -28,6 +28,11 @@ class Sample:
     """Any of them is right."""
     pictures: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.record.get("id", ", ".join(self.pictures) or "without id"))
+
     def question(self, images: ImageFolder) -> Question:
         """The question, its images opened.
 
@@ -35,6 +40,9 @@ class Sample:
             ValueError: what is wrong with it.
         """
         return Question.from_record(self.record, images)
+
+
+S = TypeVar("S", bound=Sample)
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,26 @@ def read_parts(data: Path, limit: int | None, calibration: int) -> Parts:
             f"{data}: no record has an answer to compare with; a record ends with an assistant "
             'turn, or holds "answer" (or a list "answers") beside its prompt'
         )
+    scored, fitted = set_aside(samples, limit, calibration)
+    return Parts(scored, fitted, len(records) - len(samples))
+
+
+def set_aside(samples: Sequence[S], limit: int | None, calibration: int) -> tuple[list[S], list[S]]:
+    """Splits samples into a scored and a calibration part that share no picture.
+
+    Args:
+        samples: all of them.
+        limit: scored samples at most; None: all.
+        calibration: samples to calibrate on at most, and at most a quarter of the pictures.
+
+    Returns:
+        The two parts, each in the order of the samples.
+    """
     fitted = _calibration_pictures(samples, calibration)
     apart = [s for s in samples if fitted.isdisjoint(s.pictures)]
     scored = _draw(apart, len(apart) if limit is None else limit)
     inside = [s for s in samples if s.pictures and fitted.issuperset(s.pictures)]
-    return Parts(scored, _draw(inside, calibration), len(records) - len(samples))
+    return scored, _draw(inside, calibration)
 
 
 def references(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -121,7 +144,7 @@ def _calibration_pictures(samples: Sequence[Sample], wanted: int) -> set[str]:
     return chosen
 
 
-def _draw(samples: Sequence[Sample], count: int) -> list[Sample]:
+def _draw(samples: Sequence[S], count: int) -> list[S]:
     """`count` of them at random, in their order."""
     chosen = random.Random(0).sample(range(len(samples)), min(count, len(samples)))
     return [samples[i] for i in sorted(chosen)]

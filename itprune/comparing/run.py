@@ -6,8 +6,6 @@ case added later is timed together with dense, so its ratios hold; `retime` meas
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +25,7 @@ from itprune.comparing.rows import Row, Rows
 from itprune.comparing.subject import Subject
 from itprune.comparing.summary import Line, summarise
 from itprune.comparing.timing import Item, Progress, Stopwatch
-
-MIB = 2**20
+from itprune.fingerprint import digest, model_digest
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,10 @@ class Comparison:
 # ------------------------------------------------------------------------------- fingerprints
 def fingerprint(settings: Settings, parts: Parts) -> str:
     """Of everything but the case that decides an answer."""
-    return _digest(
+    return digest(
         {
             "version": itprune.__version__,
-            "model": _model_digest(settings.model),
+            "model": model_digest(settings.model),
             "scored": [sample.record for sample in parts.scored],
             "calibration": [sample.record for sample in parts.calibration],
             "images": str(settings.image_root.resolve()),
@@ -211,21 +208,3 @@ def fingerprint(settings: Settings, parts: Parts) -> str:
             "dtype": settings.dtype,
         }
     )
-
-
-def _model_digest(folder: Path) -> str:
-    """Small files whole; of large ones the size and both ends, where a tuning leaves its mark."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".model", ".jinja"):
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                ends = file.read(MIB)
-                file.seek(max(size - MIB, 0))
-                ends += file.read()
-            found[path.name] = [size, hashlib.sha256(ends).hexdigest()]
-    return _digest(found)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -45,8 +45,14 @@ def markdown(lines: Sequence[Line]) -> list[str]:
         if line["accuracy"] is None:
             row[2:] = [line["reason"].removeprefix("prune.keep: ")] + [NONE] * (len(columns) - 3)
         cells.append(row)
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table of cells, the first row its head; a row that says why it is empty does not
+    widen the columns."""
     widths = [
-        max(len(row[i]) for row in cells if NONE not in row or i < 2) for i in range(len(columns))
+        max(len(row[i]) for row in cells if NONE not in row or i < 2) for i in range(len(cells[0]))
     ]
     ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
     return [
@@ -77,7 +83,9 @@ def _facts(head: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
     return facts
 
 
-def _of(name: str, form: str, scale: float = 1.0) -> Callable[[Line], str]:
+def number(name: str, form: str, scale: float = 1.0) -> Callable[[Line], str]:
+    """Shows a field in a format, times `scale`; a dash where it is None."""
+
     def show(line: Line) -> str:
         value = line[name]
         return NONE if value is None else format(value * scale, form)
@@ -85,7 +93,9 @@ def _of(name: str, form: str, scale: float = 1.0) -> Callable[[Line], str]:
     return show
 
 
-def _both(name: str, ratio: str, unit: str) -> Callable[[Line], str]:
+def with_ratio(name: str, ratio: str, unit: str) -> Callable[[Line], str]:
+    """Shows a field, and in brackets the field of its ratio to dense."""
+
     def show(line: Line) -> str:
         value = line[name]
         if value is None:
@@ -96,25 +106,27 @@ def _both(name: str, ratio: str, unit: str) -> Callable[[Line], str]:
     return show
 
 
-def _interval(low: str, high: str, form: str) -> Callable[[Line], str]:
+def span(low: str, high: str, form: str, scale: float = 100.0) -> Callable[[Line], str]:
+    """Shows two fields as the ends of an interval."""
+
     def show(line: Line) -> str:
         if line[low] is None:
             return NONE
-        return f"{100 * line[low]:{form}} to {100 * line[high]:{form}}"
+        return f"{scale * line[low]:{form}} to {scale * line[high]:{form}}"
 
     return show
 
 
 COLUMNS: tuple[Column, ...] = (
     ("method", lambda line: f"`{line['method']}`"),
-    ("keep", _of("keep", ".2f")),
-    ("exact match", _of("accuracy", ".1f", 100)),
-    ("95 % interval", _interval("low", "high", ".1f")),
-    ("to dense", _of("difference", "+.1f", 100)),
-    ("its 95 % interval", _interval("difference_low", "difference_high", "+.1f")),
-    ("visual tokens", _both("visual_llm", "visual_llm_ratio", "")),
-    ("layer average", _of("layer_average", ".3f")),
-    ("KV entries", _both("kv_entries", "kv_ratio", "")),
-    ("prefill ms", _both("prefill_ms", "prefill_speedup", "x")),
-    ("step ms", _both("step_ms", "step_speedup", "x")),
+    ("keep", number("keep", ".2f")),
+    ("exact match", number("accuracy", ".1f", 100)),
+    ("95 % interval", span("low", "high", ".1f")),
+    ("to dense", number("difference", "+.1f", 100)),
+    ("its 95 % interval", span("difference_low", "difference_high", "+.1f")),
+    ("visual tokens", with_ratio("visual_llm", "visual_llm_ratio", "")),
+    ("layer average", number("layer_average", ".3f")),
+    ("KV entries", with_ratio("kv_entries", "kv_ratio", "")),
+    ("prefill ms", with_ratio("prefill_ms", "prefill_speedup", "x")),
+    ("step ms", with_ratio("step_ms", "step_speedup", "x")),
 )

@@ -139,7 +139,7 @@ def test_a_second_call_does_only_what_is_missing(
     assert compare("--methods", "uniform", "--keep", "0.5") == 0
     before = (tmp_path / "out" / "rows.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_load", lambda args: pytest.fail("the model is not needed"))
+        patch.setattr(command, "load_as_saved", lambda args: pytest.fail("the model is not needed"))
         assert compare("--methods", "uniform", "--keep", "0.5") == 0
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
