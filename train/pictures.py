@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from itprune import Loaded, load_pretrained
+from itprune.inspecting.looking import Looker
+from itprune.inspecting.shading import faded
+from itprune.question import Question
 from itprune.trace import Trace
 
 KEPT_1, KEPT_2, GREY = "#E69F00", "#0072B2", "#666666"
@@ -49,16 +51,8 @@ def draw_kept(model: str, images: Sequence[Path], prompts: Sequence[str], out: P
 
 def trace_one(loaded: Loaded, picture: Image.Image, question: str) -> Trace:
     """Runs one question through the prompt and returns the pruner's choices."""
-    assert loaded.attached is not None
-    processor: Any = loaded.processor
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    with torch.inference_mode(), loaded.attached.tracing() as trace:
-        loaded.model(**inputs.to(next(loaded.model.parameters()).device))
-    return trace
+    looker = Looker(loaded, max_new_tokens=1)
+    return looker.trace(looker.answerer.encode(Question.from_prompt(question, [picture])))
 
 
 def stage_masks(trace: Trace) -> list[tuple[np.ndarray, str]]:
@@ -74,11 +68,7 @@ def stage_masks(trace: Trace) -> list[tuple[np.ndarray, str]]:
 def shade(axis: Any, picture: Image.Image, mask: np.ndarray) -> None:
     """The picture with dropped patches greyed out."""
     side = int(len(mask) ** 0.5)
-    pixels = np.asarray(picture, dtype=float)
-    patch = np.array(mask.reshape(side, side), dtype=np.uint8) * 255
-    kept = np.asarray(Image.fromarray(patch).resize(picture.size, Image.Resampling.NEAREST)) > 0
-    faded = 0.12 * pixels + 0.88 * 235
-    axis.imshow(np.where(kept[..., None], pixels, faded).astype(np.uint8))
+    axis.imshow(faded(picture, mask.reshape(side, side), paper=235, share=0.12))
 
 
 def draw_score_curve(axis: Any, trace: Trace) -> None:
