@@ -9,7 +9,7 @@ same tokens, and an image keeps the tokens that were chosen when it came.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,6 +86,7 @@ class Conversation:
         self.loaded = loaded
         self._answerer = Answerer(loaded, decoding)
         self._family = find_family(self._answerer.model)
+        self._stream: TokenStream | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -98,6 +99,13 @@ class Conversation:
         """The last answer and its cost."""
         self._held: Held | None = None
         self._why = ""
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the model is free: somebody may have lost patience with a turn that was ending."""
+        if self._stream is not None:
+            self._stream.wait()
+            self._stream = None
 
     def recompute(self, why: str) -> None:
         """The next turn runs the whole dialogue: after another pruner, or another `keep`.
@@ -109,7 +117,7 @@ class Conversation:
             self._held, self._why = None, why
 
     # ------------------------------------------------------------------------------------ ask
-    def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
+    def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Generator[str, None, None]:
         """Asks the next question.
 
         The turn is complete, and `turn` and `messages` know it, when the iterator has ended or was
@@ -130,7 +138,8 @@ class Conversation:
         question = Question((*self.messages, *added.messages), (*self.images, *added.images))
         return self._pieces(question, self._answerer.encode(question))
 
-    def _pieces(self, question: Question, encoded: Encoded) -> Generator[str]:
+    def _pieces(self, question: Question, encoded: Encoded) -> Generator[str, None, None]:
+        self._wait()
         plan = self._plan(encoded)
         # Until the model is through, the cache is in no state to be used.
         self._held, self._why = None, UNFINISHED if self.messages else ""
@@ -138,6 +147,7 @@ class Conversation:
         clock = Clock(self._answerer.model.device)
         before = self._report()
         stream = TokenStream(lambda stream: self._generate(encoded, plan, [clock, stream]))
+        self._stream = stream
         through = False
         try:
             for token in stream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -42,6 +42,11 @@ class TokenStream(StoppingCriteria):
         """The tokens as they come, until the work has ended."""
         while (token := self._tokens.get()) is not None:
             yield token
+
+    def wait(self) -> None:
+        """Ends the work, whatever comes of it."""
+        self._stop.set()
+        wait([self._future])
 
     def finish(self) -> Any:
         """Ends the work behind the forward under way.
