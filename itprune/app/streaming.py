@@ -31,7 +31,8 @@ class Listener:
     """What to do while an answer is made."""
 
     prefilled: Callable[[], None]
-    """The prompt is through, and the trace is filled."""
+    """The prompt is through, and the trace is filled. Called behind the first token, so that what
+    is done here is not in its time."""
     piece: Callable[[str], None]
     """The next piece of text."""
     stopped: Callable[[], bool]
@@ -62,6 +63,7 @@ class StreamingAnswerer(Answerer):
             answer = self.answer([encoded])[0]
         finally:
             self._between = LogitsProcessorList()
+        between.first()
         if answer.answer.startswith(between.text.said):  # what the last token brought
             between.tell(answer.answer[len(between.text.said) :])
         return answer
@@ -76,23 +78,28 @@ class _Between(LogitsProcessor):
     def __init__(self, listener: Listener, tokenizer: Any, stop: int) -> None:
         self.listener, self.stop = listener, stop
         self.text = Text(tokenizer)
-        self.began = False
+        self.began = self.drawn = False
         self.end = time.monotonic() + listener.seconds
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.listener.stopped():
             raise Stopped
         if self.began:
+            self.first()
             self.tell(self.text.add(int(input_ids[0, -1])))
-        else:
-            self.began = True
-            self.listener.prefilled()
+        self.began = True
         if time.monotonic() < self.end:
             return scores
         self.listener.late = True
         ended = torch.full_like(scores, float("-inf"))
         ended[:, self.stop] = 0
         return ended
+
+    def first(self) -> None:
+        """Tells, once, that the prompt is through."""
+        if not self.drawn:
+            self.drawn = True
+            self.listener.prefilled()
 
     def tell(self, piece: str) -> None:
         """Hands a piece on, where there is one."""

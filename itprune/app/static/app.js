@@ -46,6 +46,9 @@ async function start() {
 
 function listen() {
   $("picture").addEventListener("change", (event) => take(event.target.files[0]));
+  $("image").addEventListener("load", ({ target }) =>
+    $("view").style.setProperty("--aspect", target.naturalWidth / target.naturalHeight));
+  $("image").addEventListener("error", () => fail("The file is not a picture your browser can show."));
   $("keep").addEventListener("input", showChoice);
   $("method").addEventListener("change", showChoice);
   $("stop").addEventListener("click", () => asking && asking.abort());
