@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itprune.bench import bench_infer, bench_methods, bench_train
+from itprune.bench import bench_eval, bench_infer, bench_methods, bench_train
 from itprune.bench.counting import SavedBytes, measure_flops, timed_choices
 from itprune.bench.methods import MethodsBench, untrained
 from itprune.bench.shape import Shape
@@ -155,6 +155,20 @@ def test_infer_stores_what_the_report_says(small: str) -> None:
             assert row["kv_ratio"] > 1
         if row["batch"] == 1:
             assert row["kv_mb"] == row["kv_filled_mb"]
+
+
+def test_answers_are_timed_in_turns_on_the_tokens_that_stay(small: str, tmp_path, capsys) -> None:
+    assert run("eval", "--shape", "small", "--batch", "2", "--repeats", "1", "--json",
+               str(tmp_path / "eval.json")) == 0  # fmt: skip
+    record = json.loads((tmp_path / "eval.json").read_text())
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert set(rows) == {"dense", "pruned_padded", "pruned_packed", "two_stage_packed"}
+    assert rows["dense"]["speedup"] == rows["dense"]["visual_layer_average"] == 1.0
+    assert rows["pruned_padded"]["visual_layer_average"] < 0.5
+    assert all(math.isfinite(n) and n > 0 for row in rows.values() for n in numbers(row))
+    assert "answers/s" in capsys.readouterr().out
+    with torch.no_grad():
+        assert len(bench_eval("small", 1, 1, new_tokens=2)["rows"]) == 4
 
 
 def test_methods_that_need_no_training_are_measured_beside_the_controls() -> None:

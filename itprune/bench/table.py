@@ -49,7 +49,15 @@ METHODS: tuple[Column, ...] = (
     ("setting", lambda r: r["note"]),
 )
 
-COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS}
+EVAL: tuple[Column, ...] = (
+    ("variant", lambda r: r["variant"]),
+    ("kept", lambda r: f"{r['visual_layer_average']:.3f}"),
+    ("batch s", lambda r: f"{r['seconds']:.3g}"),
+    ("answers/s", lambda r: f"{r['answers_per_s']:.3g}"),
+    ("speed-up", lambda r: f"{r['speedup']:.2f}x"),
+)
+
+COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS, "eval": EVAL}
 
 
 def _three(row: Mapping[str, Any]) -> str:
@@ -76,6 +84,8 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
             f"step = forward + backward + AdamW on {record['parameters']['trained'] / 1e6:.1f} of "
             f"{record['parameters']['all'] / 1e6:.1f} M parameters; memory: {record['memory']}"
         )
+    if record["bench"] == "eval":
+        lines.append(f"{record['new_tokens']} new tokens an answer, by `generate`")
     pruned = next((r for r in record["rows"] if r["variant"] == "pruned_packed"), None)
     if pruned is not None:
         counts = " ".join(map(str, pruned["visual_stage1"]))

@@ -19,8 +19,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "what",
-        choices=("train", "infer", "methods"),
-        help="a training step; inference; or the prefill of every method and what choosing costs",
+        choices=("train", "infer", "methods", "eval"),
+        help="a training step; inference; the prefill of every method and what choosing costs; or "
+        "answers per second",
     )
     parser.add_argument(
         "--shape",
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an impossible shape or number.
     """
-    from itprune.bench import bench_infer, bench_methods, bench_train
+    from itprune.bench import bench_eval, bench_infer, bench_methods, bench_train
     from itprune.bench.table import render
 
     for name in ("batch", "repeats", "threads"):
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         record = bench_train(batch=args.batch, **common)
     elif args.what == "methods":
         record = bench_methods(batch=args.batch, names=args.methods, **common)
+    elif args.what == "eval":
+        record = bench_eval(batch=args.batch, **common)
     else:
         record = bench_infer(batches=(args.batch,) if args.batch else None, **common)
     print(render(record))

@@ -10,7 +10,6 @@
     tables     JSON, CSV, Markdown
     plot       the headline figure over tokens and over answers per second
     run        the order of it all
-    bench      answers per second, dense beside pruned, in turns
 
 Cases, models and calibration are those of `itprune.comparing`; benchmarks those of `itprune.tasks`.
 """

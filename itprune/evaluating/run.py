@@ -118,9 +118,9 @@ class Evaluation:
 
     # ------------------------------------------------------------------------ answers
     def _ask(self, answers: Answers) -> None:
-        head = answers.head()
-        if head is None or "reason" in head:
-            self._tell(f"{answers.case.name} is left out: {(head or {}).get('reason')}")
+        head = answers.head() or {}
+        if "reason" in head:
+            self._tell(f"{answers.case.name} is left out: {head['reason']}")
             return
         missing = self.share.missing(answers)
         if missing:

@@ -1,0 +1,123 @@
+"""The bench of evaluation: answers per second through `generate`, in turns.
+
+What `itprune eval` does with a batch: tower, projector, prefill of padded prompts and some greedy
+steps. Every row gets the same number of new tokens, so that variants differ by their tokens alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from itprune.attach import base_model
+from itprune.bench.record import Progress, header, tokens_of
+from itprune.bench.shape import FIRST_ID, Shape
+from itprune.bench.shapes import build_model, find_shape, make_batch
+from itprune.bench.timing import Clock, median, use_threads
+from itprune.bench.turns import take_turns
+from itprune.bench.variants import Variant, infer_variants
+from itprune.report import Report
+
+SHORT = 4
+"""New tokens of a row: benchmarks ask for a word or a letter."""
+
+
+@dataclass
+class Measured:
+    """What was noted and timed of one variant."""
+
+    report: Report | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+class AnswersBench:
+    """Model and prompts shared by the variants."""
+
+    def __init__(self, model: Any, shape: Shape, batch: int, threads: int, new: int) -> None:
+        self.model, self.shape, self.new = model, shape, new
+        self.prompt = make_batch(shape, batch, labels=False)
+        self.clock = Clock(shape.device, threads)
+
+    def answer(self) -> None:
+        """Greedy answers of `new` tokens to all rows."""
+        base_model(self.model).generate(
+            **self.prompt,
+            generation_config=GenerationConfig(
+                max_new_tokens=self.new,
+                min_new_tokens=self.new,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=FIRST_ID,
+                pad_token_id=FIRST_ID,
+            ),
+        )
+
+    def count(self, variant: Variant, into: Measured) -> None:
+        """Calibrates, notes what is kept, and warms up."""
+        variant.calibrate(self.model, self.prompt)
+        with variant.on(self.model) as attached:
+            self.answer()
+            into.report = attached.report if attached is not None else None
+
+    def time(self, variant: Variant, into: Measured) -> None:
+        """One batch of answers."""
+        with variant.on(self.model):
+            self.clock.restart()
+            self.answer()
+            into.seconds.append(self.clock.lap())
+
+
+@torch.no_grad()
+def bench_eval(
+    shape: str = "cpu",
+    batch: int | None = None,
+    repeats: int = 5,
+    keep: float = 0.22,
+    threads: int = 1,
+    new_tokens: int = SHORT,
+    progress: Progress = lambda line: None,
+) -> dict[str, Any]:
+    """Measures answers per second.
+
+    Args:
+        shape: a key of `SHAPES`.
+        batch: questions answered together; None: the shape's number.
+        repeats: timed rounds.
+        keep: target average of the pruned variants.
+        threads: CPU threads.
+        new_tokens: tokens of an answer.
+        progress: told what happens.
+
+    Returns:
+        A JSON-able record; `rows` has one entry for each variant.
+
+    Raises:
+        ValueError: unknown shape, or a machine too small for it.
+    """
+    size = find_shape(shape)
+    batch = batch or size.batch
+    variants = infer_variants(size, keep)
+    with use_threads(threads):
+        bench = AnswersBench(build_model(size, training=False), size, batch, threads, new_tokens)
+        measured = take_turns(bench, variants, Measured, repeats, progress)
+        head = header("eval", shape, batch, keep, repeats, bench.clock)
+    dense = median(measured[variants[0].name].seconds)
+    rows = [_row(name, found, dense, size, batch) for name, found in measured.items()]
+    return {**head, "new_tokens": new_tokens, "rows": rows}
+
+
+def _row(name: str, found: Measured, dense: float, shape: Shape, batch: int) -> dict[str, Any]:
+    seconds = median(found.seconds)
+    return {
+        "variant": name,
+        "batch": batch,
+        "seconds": seconds,
+        "answers_per_s": batch / seconds,
+        "speedup": dense / seconds,
+        "fastest_s": min(found.seconds),
+        "slowest_s": max(found.seconds),
+        **tokens_of(found.report, shape, batch),
+    }
