@@ -63,8 +63,6 @@ class Task(ABC):
     """The files it reads, for messages and documents."""
     metric: str
     """The headline figure, a key of `total`."""
-    is_mean: ClassVar[bool] = True
-    """Whether the headline is the mean of the scores, so that nothing needs `total` to draw it."""
     prompt: ClassVar[str] = ""
     """The instruction when no option replaces it."""
     own_options: ClassVar[Mapping[str, str]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def no_answer(where: str) -> ValueError:
     )
 
 
-def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+def read_tsv(path: Path, columns: Sequence[str]) -> Generator[dict[str, str], None, None]:
     """The rows of a TSV file with a line of names; one is in memory at a time.
 
     Args:

@@ -1,9 +1,9 @@
 """Which option an answer chooses.
 
 In this order, as the evaluation code of ScienceQA in LLaVA and of MMBench in VLMEvalKit look for
-it: the answer is a letter; it starts with one ("B. …", "(B) …"); it says "answer is B"; one letter
-alone stands in it; it holds one option's text. Anything else chooses nothing, and is wrong: no
-other model is asked, and nothing is drawn at random.
+it: the answer is a letter; it starts with one ("B. …", "(B) …"); it says "answer is B" or
+"answer: B"; one letter alone stands in it; it holds one option's text. Anything else chooses
+nothing, and is wrong: no other model is asked, and nothing is drawn at random.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 
 AROUND = " \t\n.,:;()[]{}*\"'`!"
 STARTS = re.compile(r"^\(?([A-Z])[.:)](?:\s|$)")
-SAYS = re.compile(r"answer is:?\s*\(?([A-Z])(?![A-Za-z])", re.IGNORECASE)
+SAYS = re.compile(r"[Aa]nswer(?: is:?|:)\s*\(?([A-Z])(?![A-Za-z])")
 SHORT = 3
 """In an answer of more words an A is taken for the article."""
 
@@ -30,8 +30,8 @@ def stated_letter(answer: str, letters: Collection[str]) -> str:
         return alone.upper()
     for pattern in (STARTS, SAYS):
         match = pattern.search(answer.strip())
-        if match and match[1].upper() in letters:
-            return match[1].upper()
+        if match and match[1] in letters:
+            return match[1]
     return ""
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -37,7 +38,6 @@ COLUMNS = ("index", "question", "A", "B", "image")
 KINDS = ("category", "l2-category")
 NOTHING = ("", "nan", "none")
 """What tables write where there is nothing."""
-PICTURE = "picture"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class MMBench(Task):
     name = "mmbench"
     needs = "a TSV with answers, as MMBench_DEV_EN.tsv"
     metric = "accuracy"
-    is_mean = False
     prompt = LETTER
     own_options: ClassVar = {"kind": "category (default) or l2-category"}
 
@@ -75,7 +74,7 @@ class MMBench(Task):
                 raise ValueError(
                     f"{row.where}: its image is that of row {row.image}, which has none"
                 )
-            yield self._item(row, pictures[image])
+            yield self._item(row, image, pictures[image])
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
         return {SCORE: float(chosen_letter(answer, item.facts["options"]) == item.references[0])}
@@ -93,38 +92,44 @@ class MMBench(Task):
     def group(self, item: Item) -> str:
         return str(int(item.id) % TURN)
 
-    def _item(self, row: _Row, picture: bytes) -> Item:
-        options = {
-            letter: _filled(row.fields, letter) for letter in LETTERS if _filled(row.fields, letter)
-        }
+    def _item(self, row: _Row, image: str, content: bytes) -> Item:
         answer = _filled(row.fields, "answer").upper()
         if not answer:
             raise no_answer(row.where)
+        # "None" is nothing to most tables, unless it is the right answer.
+        filled = [letter for letter in LETTERS if letter == answer or _filled(row.fields, letter)]
+        options = {
+            letter: text for letter in filled if (text := row.fields.get(letter, "").strip())
+        }
         if answer not in options:
             raise ValueError(f"{row.where}: the answer {answer!r} is none of its options")
         question = with_options(row.fields["question"], _filled(row.fields, "hint"), options)
         return Item(
             id=str(row.index),
-            record={"prompt": self.asked(question), "image": PICTURE},
+            record={"prompt": self.asked(question), "image": image},
             references=(answer,),
             kind=_filled(row.fields, self._kind),
             facts={"options": options, "split": _filled(row.fields, "split")},
-            pictures={PICTURE: picture},
+            pictures={image: content},
         )
 
 
-def _rows(path: Path, pictures: dict[str, bytes]) -> Iterable[_Row]:
+def _rows(path: Path, pictures: dict[str, bytes]) -> Iterator[_Row]:
     """The rows without their base64, which goes to `pictures`."""
-    for number, fields in enumerate(read_tsv(path, COLUMNS), 1):
-        where = f"{path}: row {number}"
-        if not fields["index"].isdecimal():
-            raise ValueError(f"{where}: `index` must be a whole number, got {fields['index']!r}")
-        image = fields.pop("image").strip()
-        if not image:
-            raise ValueError(f"{where}: has no image")
-        if not image.isdecimal():
-            image = _keep(image, where, pictures)
-        yield _Row(where, int(fields["index"]), fields, image)
+    with closing(read_tsv(path, COLUMNS)) as rows:
+        for number, fields in enumerate(rows, 1):
+            yield _row(f"{path}: row {number}", fields, pictures)
+
+
+def _row(where: str, fields: dict[str, str], pictures: dict[str, bytes]) -> _Row:
+    if not fields["index"].isdecimal():
+        raise ValueError(f"{where}: `index` must be a whole number, got {fields['index']!r}")
+    image = fields.pop("image").strip()
+    if not image:
+        raise ValueError(f"{where}: has no image")
+    if not image.isdecimal():
+        image = _keep(image, where, pictures)
+    return _Row(where, int(fields["index"]), fields, image)
 
 
 def _keep(text: str, where: str, pictures: dict[str, bytes]) -> str:

@@ -41,7 +41,6 @@ PUT = "Please answer yes or no."
 """How MME's questions end; the instruction takes its place."""
 READ = 4
 ENDINGS = (".jpg", ".png", ".jpeg")
-PICTURE = "picture"
 
 
 @register_task
@@ -51,7 +50,6 @@ class MME(Task):
     name = "mme"
     needs = "the release's folder, or JSON lines or Parquet files with answers"
     metric = "mme_score"
-    is_mean = False
     prompt = SHORT
 
     @classmethod
@@ -113,7 +111,7 @@ class MME(Task):
             raise ValueError(f"{where}: `answer` must be yes or no, got {answer!r}")
         key = "question" if entry.get("question") is not None else "text"
         picture = f"{category}/{text_of(entry, 'question_id', where).removeprefix(category + '/')}"
-        name, inside = _image(entry, where)
+        name, inside = _image(entry, picture, where)
         return Item(
             id=f"{picture}#{asked[picture] + 1}",
             record={"prompt": self._put(text_of(entry, key, where)), "image": name},
@@ -134,13 +132,13 @@ def said(answer: str) -> str:
     return next((word for word in ("yes", "no") if word in start), "")
 
 
-def _image(entry: Mapping[str, Any], where: str) -> tuple[str, dict[str, bytes]]:
+def _image(entry: Mapping[str, Any], picture: str, where: str) -> tuple[str, dict[str, bytes]]:
     """The image's name and, of Parquet, its content."""
     image = entry.get("image")
     if isinstance(image, Mapping):
         if not isinstance(image.get("bytes"), bytes):
             raise ValueError(f"{where}: `image` holds no bytes")
-        return PICTURE, {PICTURE: image["bytes"]}
+        return picture, {picture: image["bytes"]}
     return text_of(entry, "image", where), {}
 
 
@@ -161,7 +159,7 @@ def _folder(root: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         apart = folder / "questions_answers_YN"
         texts = sorted((apart if apart.is_dir() else folder).glob("*.txt"))
         images = folder / "images" if (folder / "images").is_dir() else folder
-        pictures = {path.stem: path for path in images.iterdir() if path.suffix in ENDINGS}
+        pictures = {path.stem: path for path in images.iterdir() if path.suffix.lower() in ENDINGS}
         for text in texts:
             if text.stem not in pictures:
                 raise ValueError(f"{text}: has no picture {text.stem}.jpg or .png in {images}")

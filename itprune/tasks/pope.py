@@ -30,7 +30,6 @@ class Pope(Task):
         "one or more of coco_pope_adversarial.json, coco_pope_popular.json, coco_pope_random.json"
     )
     metric = "f1"
-    is_mean = False
     prompt = SHORT
 
     def read_items(self) -> Iterable[Item]:
