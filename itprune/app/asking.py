@@ -14,6 +14,8 @@ from itprune.app.limits import Limits
 from itprune.app.session import Ask
 
 FIELDS = ("prompt", "method", "keep", "max_new_tokens", "beside")
+LONGEST = 128
+"""Tokens of an answer where nothing is said of it."""
 DRAIN = 4
 """Times the limit a refused upload is read on, so that its sender hears the answer."""
 
@@ -54,7 +56,10 @@ async def read_ask(request: Request, limits: Limits) -> Ask:
     picture = form.get("picture")
     if not isinstance(picture, UploadFile):
         raise Refusal(422, "there is no picture; choose one")
-    return _ask(await picture.read(), {k: v for k, v in form.items() if isinstance(v, str)})
+    fields = {key: value for key, value in form.items() if isinstance(value, str)}
+    return _ask(
+        await picture.read(), {"max_new_tokens": str(min(LONGEST, limits.answer)), **fields}
+    )
 
 
 def _ask(picture: bytes, fields: Mapping[str, str]) -> Ask:
@@ -69,7 +74,7 @@ def _ask(picture: bytes, fields: Mapping[str, str]) -> Ask:
         prompt=fields["prompt"],
         method=fields["method"],
         keep=_number("keep", fields["keep"]),
-        max_new_tokens=_whole("max_new_tokens", fields.get("max_new_tokens", "128")),
+        max_new_tokens=_whole("max_new_tokens", fields["max_new_tokens"]),
         beside=fields.get("beside") == "1",
     )
 
