@@ -70,16 +70,16 @@ def section(run: Run) -> Iterator[str]:
     yield ""
     yield _facts(run)
     yield ""
-    yield from _table(run.lines, _columns(run))
+    yield from _table(run.lines, _columns(run), reasons=True)
     further = [name for name in _names(run, "figures") if name != run.head["metric"]]
     if further:
         yield from ("", "All figures:", "")
-        yield from _table(run.lines, [*_WHO, *(_figure(name) for name in further)])
+        yield from _table(run.lines, [*_WHO, *(_figure(name) for name in further)], False)
     kinds = _names(run, "kinds")
     if kinds:
         yield from ("", f"By kind of question ({run.unit}; in brackets the difference to dense):")
         yield ""
-        yield from _table(run.lines, [*_WHO, *(_kind(run, name) for name in kinds)])
+        yield from _table(run.lines, [*_WHO, *(_kind(run, name) for name in kinds)], False)
     yield from _bad(run.head["bad"])
 
 
@@ -105,15 +105,16 @@ def _bad(bad: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield "- …"
 
 
-def _table(lines: Sequence[Line], columns: Sequence[Column]) -> Iterator[str]:
+def _table(lines: Sequence[Line], columns: Sequence[Column], reasons: bool) -> Iterator[str]:
+    """Lines in columns; those without figures say why, or are left out."""
     cells = [[title for title, _ in columns]]
     for line in lines:
         if line["value"] is not None:
             cells.append([show(line) for _, show in columns])
-        elif len(columns) > len(_WHO):
-            row = [show(line) for _, show in _WHO]
+        elif reasons:
+            who = [show(line) for _, show in _WHO]
             reason = _cell(line["reason"].removeprefix("prune.keep: "))
-            cells.append([*row, reason, *[NONE] * (len(columns) - len(row) - 1)])
+            cells.append([*who, reason, *[NONE] * (len(columns) - len(who) - 1)])
     yield from aligned(cells)
 
 

@@ -19,11 +19,11 @@ from itprune.reporting.svg import LEFT, RIGHT, WIDTH, Frame, Look, chart, cut, l
 
 POINTS = 500
 """Of a line: more are no finer on a page, only longer to load."""
-WINDOW = 20
+WINDOW = 10
 """The smoothed curve is a mean over a part of the log: one in so many."""
 BAR, SPACE = 18, 40
 """Height of a bar, and from one to the next."""
-LINE = 60
+LINE = 50
 """Letters above a bar."""
 SERIES = 8
 """Drawn in one picture; the others are in the table."""
@@ -71,7 +71,7 @@ def _losses(runs: Mapping[str, Training]) -> Chart | None:
     points = [point for found in curves.values() for point in found]
     if not points:
         return None
-    frame = Frame.around([x for x, _ in points], [y for _, y in points])
+    frame = Frame.around([x for x, _ in points], [y for _, y in points], log=True)
     raw, bold, ends, legend = [], [], [], []
     for index, (name, found) in enumerate(curves.items()):
         if not found:
@@ -82,9 +82,13 @@ def _losses(runs: Mapping[str, Training]) -> Chart | None:
         bold += [look.marker(*frame.place(*line[0]))] if len(line) == 1 else []
         ends.append((name, look, *frame.place(*line[-1])))
         legend.append((look.sample(marked=False), name))
-    inside = [frame.axes("optimizer steps", "loss"), *raw, *bold, labels(ends)]
-    note = f"Faint: as logged. Strong: its mean over a {WINDOW}th of the curve around each step."
+    inside = [frame.axes("optimizer steps", _loss_axis(frame)), *raw, *bold, labels(ends)]
+    note = f"Faint: as logged. Strong: its mean over a {WINDOW}th of the curve, around each step."
     return Chart("Training loss", chart("Training loss over steps", inside), legend, note)
+
+
+def _loss_axis(frame: Frame) -> str:
+    return "loss, logarithmic" if frame.log else "loss"
 
 
 def curve(run: Training) -> list[Point]:

@@ -106,7 +106,7 @@ def _outcome(run: Training) -> str:
         return NONE
     if run.state == "running":
         return f"running, or killed: last heard of {_time(run.seen)}"
-    return run.state + (f": {run.sentence}" if run.sentence else "")
+    return run.state + (f": {run.sentence.partition('; ')[0]}" if run.sentence else "")
 
 
 def _steps(run: Training) -> str | None:
@@ -125,7 +125,7 @@ def _loss(found: Mapping[str, float] | None) -> str | None:
 
 def _accuracy(run: Training) -> str:
     rows = [(row["keep"] or 0.0, row["accuracy"] or 0.0) for row in accuracies(run)]
-    return ", ".join(f"{100 * accuracy:.1f} % at keep {at:g}" for at, accuracy in rows)
+    return "\n".join(f"{100 * accuracy:.1f} % at keep {at:g}" for at, accuracy in rows)
 
 
 def _commit(run: Training) -> str | None:
@@ -157,7 +157,7 @@ def _around(*names: str) -> Callable[[Training], str | None]:
 
 FACTS: Mapping[str, Callable[[Training], Any]] = {
     "method": method,
-    "keep": keep,
+    "keep": lambda run: "all tokens" if method(run) == "dense" else keep(run),
     "steps": _steps,
     "attempts": lambda run: None if run.attempts is None else str(run.attempts),
     "last loss": lambda run: _loss(run.metrics["loss"]),

@@ -2,7 +2,7 @@
 
 Colours are the page's variables, so a chart follows its light and dark look; series are told apart
 by dash and marker, too. Every text is escaped. Sizes are in the chart's own units, which a column
-of the page shows at about one pixel each.
+of the page, and a phone, show at about one pixel each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ ORDER = (3, 4, 2, 5, 0, 1, 7)
 """Places in the page's palette, the darkest first; yellow is not seen as a line on white."""
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
 MARKERS = ("circle", "square", "diamond", "triangle")
-WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 50, 92, 12, 42
+WIDTH, HEIGHT = 360, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 96, 12, 40
+WIDE = 8
+"""Largest over smallest value from which an axis may be logarithmic."""
 GAP = 13
 """Least distance of two labels."""
-LETTERS = 14
+LETTERS = 11
 """Of a label beside its line; the legend has the whole name."""
 
 
@@ -83,30 +85,41 @@ class Frame:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    log: bool = False
+    """Whether the upward axis is logarithmic; `y` are logarithms then."""
 
     @classmethod
-    def around(cls, xs: Sequence[float], ys: Sequence[float]) -> Frame:
-        """Axes that hold all values, with a little room above and below."""
-        return cls(_range(xs, 0.0), _range(ys, 0.06))
+    def around(cls, xs: Sequence[float], ys: Sequence[float], log: bool = False) -> Frame:
+        """Axes that hold all values, with a little room above and below.
+
+        Args:
+            xs: values along.
+            ys: values upward.
+            log: whether a wide range, with no zero in it, may have a logarithmic axis.
+        """
+        wide = log and min(ys) > 0 and max(ys) / min(ys) > WIDE
+        ends = [math.log10(y) for y in ys] if wide else ys
+        return cls(_range(xs, 0.0), _range(ends, 0.06), wide)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across, up = self.x[1] - self.x[0], self.y[1] - self.y[0]
+        """Where a point stands."""
+        up = math.log10(y) if self.log else y
         return (
-            LEFT + (x - self.x[0]) / across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (y - self.y[0]) / up * (HEIGHT - TOP - BOTTOM),
+            LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (up - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM),
         )
 
     def axes(self, x_name: str, y_name: str, percent: bool = False) -> Markup:
         """Lines, ticks and names of both axes."""
         found = [_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM)]
         for value in ticks(*self.x):
-            x, y = self.place(value, self.y[0])
+            x, y = self.place(value, 1.0)[0], HEIGHT - BOTTOM
             found += [_line(x, y, x, y + 4), text(x, y + 17, _number(value), "middle")]
-        for value in ticks(*self.y):
-            x, y = self.place(self.x[0], value)
+        for value in powers(*self.y) if self.log else ticks(*self.y):
+            y = self.place(self.x[0], value)[1]
             told = f"{_number(100 * value)} %" if percent else _number(value)
-            found.append(_line(x, y, WIDTH - RIGHT, y, faint=True))
-            found.append(text(x - 6, y + 4, told, "end"))
+            found.append(_line(LEFT, y, WIDTH - RIGHT, y, faint=True))
+            found.append(text(LEFT - 6, y + 4, told, "end"))
         found.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, "middle", soft=True))
         found.append(text(2, TOP - 2, y_name, "start", soft=True))
         return Markup("").join(found)
@@ -116,7 +129,8 @@ def chart(title: str, inside: Sequence[Markup], height: float = HEIGHT) -> Marku
     """The picture as a whole; `title` is what a screen reader says."""
     # Above the plot stands the name of the upward axis.
     box = f"0 -12 {WIDTH} {_short(height + 12)}"
-    return tag("svg", *inside, viewBox=box, role="img", aria_label=title, width="100%")
+    look = "width:100%;max-width:32rem"
+    return tag("svg", *inside, viewBox=box, role="img", aria_label=title, style=look)
 
 
 def labels(ends: Sequence[tuple[str, Look, float, float]]) -> Markup:
@@ -149,6 +163,12 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     count = math.floor(high / step + 1e-9) - first + 1
     return [(first + i) * step for i in range(count)]
+
+
+def powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within a range of logarithms."""
+    found = [n * 10.0**k for k in range(math.floor(low), math.ceil(high)) for n in (1, 2, 5)]
+    return [value for value in found if low <= math.log10(value) <= high]
 
 
 def cut(name: str, letters: int = LETTERS) -> str:
