@@ -113,7 +113,7 @@ class Frame:
         """Lines, ticks and names of both axes."""
         found = [_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM)]
         for value in ticks(*self.x):
-            x, y = self.place(value, 1.0)[0], HEIGHT - BOTTOM
+            x, y = self.place(value, 1.0)[0], float(HEIGHT - BOTTOM)
             found += [_line(x, y, x, y + 4), text(x, y + 17, _number(value), "middle")]
         for value in powers(*self.y) if self.log else ticks(*self.y):
             y = self.place(self.x[0], value)[1]

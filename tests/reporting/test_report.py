@@ -16,7 +16,7 @@ from itprune.reporting.charts import POINTS, charts, smoothed, thinned
 from itprune.reporting.metrics import metrics_of
 from itprune.reporting.render import facts
 from itprune.reporting.summary import Summary, accuracies, names_of, summarise, wilson
-from itprune.reporting.svg import HEIGHT, Frame, Look, cut, labels, ticks
+from itprune.reporting.svg import HEIGHT, Frame, Look, cut, labels, powers, ticks
 from tests.reporting.folders import attempt, comparison, evaluation, history, row, training
 from tests.reporting.page import Page, written
 
@@ -78,7 +78,7 @@ def test_a_recorded_run_is_told(tmp_path: Path) -> None:
         "attempts": ["1"],
         "last loss": ["0.5000 (best 0.4000)"],
         "evaluation loss": ["0.6000 (best 0.5500)"],
-        "accuracy": ["50.0 % at keep 0.22, 75.0 % at keep 1"],
+        "accuracy": ["50.0 % at keep 0.22\n75.0 % at keep 1"],
         "step time, median": ["0.25 s"],
         "tokens per second": ["1,234"],
         "largest memory": ["800 MB"],
@@ -163,7 +163,7 @@ def test_what_differs_is_flagged(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [cell.wrong for cell in rows["outcome"]] == [False, True, False]
     assert rows["commit"][1].text == "bbbbbbbb, changed since"
-    assert rows["keep"][1].text == "–"
+    assert rows["keep"][1].text == "all tokens"
 
 
 def test_same_runs_differ_in_nothing(tmp_path: Path) -> None:
@@ -254,6 +254,11 @@ def test_points_stand_where_their_values_are() -> None:
     assert frame.place(5, 0.5) == ((left + right) / 2, (bottom + top) / 2)
     assert left < right
     assert top < bottom
+    rising = Frame.around([0.0, 1.0], [0.1, 10.0], log=True)
+    assert rising.place(0, 1.0)[1] == pytest.approx((bottom + top) / 2, abs=1)
+    assert powers(*rising.y) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
+    assert not Frame.around([0.0], [0.0, 10.0], log=True).log
+    assert not Frame.around([0.0], [2.0, 10.0], log=True).log
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0.11, 1.0) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert Frame.around([3.0], [0.0]) == Frame((2.7, 3.3), (-1.0, 1.0))
@@ -264,7 +269,7 @@ def test_labels_do_not_cover_each_other() -> None:
     places = sorted(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)"', labels(ends)))
     assert all(b - a >= 12.9 for a, b in pairwise(places))
     assert places[-1] < HEIGHT
-    assert cut("a-very-long-name-of-a-run") == "a-very…f-a-run"
+    assert cut("a-very-long-name-of-a-run") == "a-ver…a-run"
     assert [Look(0).colour, Look(0).dash] != [Look(7).colour, Look(7).dash]
 
 
