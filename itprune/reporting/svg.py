@@ -14,8 +14,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-ORDER = (3, 4, 2, 5, 0, 1, 7)
-"""Places in the page's palette, the darkest first; yellow is not seen as a line on white."""
+ORDER = (3, 4, 2, 5, 0, 7)
+"""Places in the page's palette, the darkest first. Yellow is not seen as a line on white, and light
+blue is too near to blue on a dark page."""
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
 MARKERS = ("circle", "square", "diamond", "triangle")
 WIDTH, HEIGHT = 360, 240
@@ -76,7 +77,8 @@ class Look:
         """The sign of a legend."""
         inside = [self.line([(0, 6), (28, 6)], 2.5, faint=False)]
         inside += [self.marker(14, 6)] if marked else []
-        return tag("svg", *inside, width=28, height=12, viewBox="0 0 28 12", aria_hidden="true")
+        box = {"width": 28, "height": 12, "viewBox": "0 0 28 12", "style": "flex:none"}
+        return tag("svg", *inside, **box, aria_hidden="true")
 
 
 @dataclass(frozen=True)

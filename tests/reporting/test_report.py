@@ -270,7 +270,7 @@ def test_labels_do_not_cover_each_other() -> None:
     assert all(b - a >= 12.9 for a, b in pairwise(places))
     assert places[-1] < HEIGHT
     assert cut("a-very-long-name-of-a-run") == "a-ver…a-run"
-    assert [Look(0).colour, Look(0).dash] != [Look(7).colour, Look(7).dash]
+    assert [Look(0).colour, Look(0).dash] != [Look(6).colour, Look(6).dash]
 
 
 def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
