@@ -9,6 +9,7 @@ Shapes: B questions of a batch, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,15 @@ from itprune.question import Question
 class Likelihood:
     """What a model thinks of a given answer."""
 
-    loss: float
-    """Mean negative log-likelihood of its tokens."""
+    losses: tuple[float, ...]
+    """Negative log-likelihood of each of its tokens."""
     greedy: bool
     """The model would have given it."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over its tokens."""
+        return statistics.fmean(self.losses)
 
 
 def likelihoods(
@@ -70,8 +76,8 @@ def _judge(steps: Sequence[Tensor], row: int, ids: Sequence[int]) -> Likelihood:
     """One row's answer under the scores (B, V) of every step."""
     scores = torch.stack([step[row] for step in steps[: len(ids)]]).float().cpu()
     told = torch.tensor(ids)
-    logs = scores.log_softmax(-1).gather(1, told[:, None])
-    return Likelihood(-float(logs.mean()), bool((scores.argmax(-1) == told).all()))
+    losses = -scores.log_softmax(-1).gather(1, told[:, None])[:, 0]
+    return Likelihood(tuple(losses.tolist()), bool((scores.argmax(-1) == told).all()))
 
 
 def answer_ids(answerer: Answerer, question: Question, answer: str) -> list[int]:
