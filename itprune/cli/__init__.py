@@ -18,8 +18,8 @@ from importlib.metadata import version
 from typing import Any
 
 COMMANDS = (
-    "train", "infer", "merge", "export", "calibrate", "methods", "doctor", "env",
-    "bench", "compare",
+    "train", "infer", "chat", "app", "inspect", "eval", "compare", "report", "merge", "export",
+    "calibrate", "methods", "doctor", "env", "bench",
 )  # fmt: skip
 
 
