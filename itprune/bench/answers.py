@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from itprune.attach import base_model
+from itprune.bench.counting import count_flops
 from itprune.bench.record import Progress, header, tokens_of
 from itprune.bench.shape import FIRST_ID, Shape
 from itprune.bench.shapes import build_model, find_shape, make_batch
@@ -29,6 +30,7 @@ SHORT = 4
 class Measured:
     """What was noted and timed of one variant."""
 
+    flops: int = 0
     report: Report | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -56,10 +58,10 @@ class AnswersBench:
         )
 
     def count(self, variant: Variant, into: Measured) -> None:
-        """Calibrates, notes what is kept, and warms up."""
+        """Calibrates, counts FLOPs and notes what is kept."""
         variant.calibrate(self.model, self.prompt)
         with variant.on(self.model) as attached:
-            self.answer()
+            into.flops = count_flops(self.answer)
             into.report = attached.report if attached is not None else None
 
     def time(self, variant: Variant, into: Measured) -> None:
@@ -104,19 +106,22 @@ def bench_eval(
         bench = AnswersBench(build_model(size, training=False), size, batch, threads, new_tokens)
         measured = take_turns(bench, variants, Measured, repeats, progress)
         head = header("eval", shape, batch, keep, repeats, bench.clock)
-    dense = median(measured[variants[0].name].seconds)
+    dense = measured[variants[0].name]
     rows = [_row(name, found, dense, size, batch) for name, found in measured.items()]
     return {**head, "new_tokens": new_tokens, "rows": rows}
 
 
-def _row(name: str, found: Measured, dense: float, shape: Shape, batch: int) -> dict[str, Any]:
+def _row(name: str, found: Measured, dense: Measured, shape: Shape, batch: int) -> dict[str, Any]:
     seconds = median(found.seconds)
+    speedup, flop_speedup = median(dense.seconds) / seconds, dense.flops / found.flops
     return {
         "variant": name,
         "batch": batch,
         "seconds": seconds,
         "answers_per_s": batch / seconds,
-        "speedup": dense / seconds,
+        "speedup": speedup,
+        "flop_speedup": flop_speedup,
+        "of_flop_bound": speedup / flop_speedup,
         "fastest_s": min(found.seconds),
         "slowest_s": max(found.seconds),
         **tokens_of(found.report, shape, batch),

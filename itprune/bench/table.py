@@ -55,6 +55,8 @@ EVAL: tuple[Column, ...] = (
     ("batch s", lambda r: f"{r['seconds']:.3g}"),
     ("answers/s", lambda r: f"{r['answers_per_s']:.3g}"),
     ("speed-up", lambda r: f"{r['speedup']:.2f}x"),
+    ("FLOP ratio", lambda r: f"{r['flop_speedup']:.2f}x"),
+    ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
 )
 
 COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS, "eval": EVAL}
