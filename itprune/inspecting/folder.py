@@ -66,9 +66,9 @@ class OutputFolder:
     def write_figures(self, figures: Mapping[str, Any]) -> None:
         """Writes inspect.json, by which the folder is known to be ours."""
         text = json.dumps({"made_by": MAKER, **figures}, indent=1, ensure_ascii=False)
-        (self.path / FIGURES).write_text(text + "\n", encoding="utf-8")
+        (self.path / FIGURES).write_text(text + "\n", encoding="utf-8", errors="replace")
 
     def write_page(self, text: str) -> Path:
         """Writes index.html."""
-        (self.path / PAGE).write_text(text, encoding="utf-8")
+        (self.path / PAGE).write_text(text, encoding="utf-8", errors="replace")
         return self.path / PAGE

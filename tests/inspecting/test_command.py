@@ -136,6 +136,13 @@ def test_records_that_cannot_be_asked(
     assert str(data) in one_sentence(error)
 
 
+def test_a_name_that_is_no_text(ask: Any, tmp_path: Path, pictures: list[Path]) -> None:
+    strange = tmp_path / "a\udcff.png"
+    strange.write_bytes(pictures[0].read_bytes())
+    assert ask(image=strange) == 0
+    assert "a?.png" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
 def test_one_prompt_for_all_pictures(tmp_path: Path, pictures: list[Path]) -> None:
     given = [word for path in pictures for word in ("--image", path)]
     common = ("--model", MODEL, "--max-new-tokens", 2, "--output", tmp_path / "out")
