@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,8 +19,6 @@ from itprune.app.asking import Refusal, read_ask
 from itprune.app.guards import Guards
 from itprune.app.session import Event, Session
 from itprune.app.worker import END, Full, Job, Worker
-
-logger = logging.getLogger(__name__)
 
 STATIC = {
     "/": ("itprune.app", "static/index.html", "text/html"),
@@ -84,7 +80,8 @@ class _Asker:
 
     async def ask(self, request: Request) -> Response:
         """An upload in, events out as they come (text/event-stream)."""
-        self._refuse_full()  # before the upload is read
+        if self.worker.full:  # before the upload is read
+            raise _busy()
         ask = await read_ask(request, self.session.limits)
         try:
             async with self.decoders:
@@ -102,12 +99,8 @@ class _Asker:
         try:
             self.worker.join(job)
         except Full:
-            self._refuse_full(full=True)
+            raise _busy() from None
         return StreamingResponse(self._stream(job, events), media_type="text/event-stream")
-
-    def _refuse_full(self, full: bool | None = None) -> None:
-        if self.worker.full if full is None else full:
-            raise Refusal(503, "too many questions are waiting; try again in a minute")
 
     async def _stream(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
         try:
@@ -125,6 +118,10 @@ class _Asker:
 
 
 # ------------------------------------------------------------------------------------ refusals
+def _busy() -> Refusal:
+    return Refusal(503, "too many questions are waiting; try again in a minute")
+
+
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     headers = {"retry-after": "60"} if error.status == 503 else {}
@@ -145,9 +142,3 @@ async def _nobody(request: Request, error: Exception) -> Response:
 async def _fail(request: Request, error: Exception) -> Response:
     """The cause goes to the terminal, not to the visitor."""
     return JSONResponse({"error": "something went wrong in the server"}, 500)
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The events of a stream that is through; for programs that ask without a browser."""
-    lines = [line for line in text.splitlines() if line.startswith("data: ")]
-    return [json.loads(line[len("data: ") :]) for line in lines]

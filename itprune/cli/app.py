@@ -10,6 +10,7 @@ import argparse
 import errno
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,6 @@ examples:
   itprune app --model outputs/run --port 8000 --keep 0.3 --method visionzip
   itprune app --model outputs/run --host 0.0.0.0 --allow-remote     (others may use it, too)
 """
-REMOTE = """\
-itprune: warning: everybody who reaches {host} may use this page; there is no password and no \
-encryption"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -124,7 +122,11 @@ def _check_host(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--host {args.host} lets others use this page; add --allow-remote if that is meant"
         )
-    print(REMOTE.format(host=args.host), file=sys.stderr)
+    warnings.warn(
+        f"everybody who reaches {args.host} may use this page; there is no password and no "
+        "encryption",
+        stacklevel=1,
+    )
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -58,7 +58,7 @@ def test_every_kind_of_family_can_be_asked(family: str, tmp_path: Path) -> None:
 
 
 def test_tiles_have_their_own_part_of_the_picture(tmp_path: Path) -> None:
-    session = Session(load_pretrained(build_folder("internvl", tmp_path)), "tiles", Limits())
+    session = Session(load_pretrained(build_folder("idefics3", tmp_path)), "tiles", Limits())
     (kept,) = [event for event in told_by(session, "random", 0.4) if event["kind"] == "kept"]
     boxes = [tuple(grid["box"]) for grid in kept["grids"]]
     assert len(set(boxes)) == len(boxes) > 1
@@ -97,8 +97,8 @@ def test_a_session_starts_with_what_the_checkpoint_says() -> None:
 
 
 def test_a_method_that_reads_patches_is_offered_where_tokens_are_patches(tmp_path: Path) -> None:
-    session = Session(load_pretrained(build_folder("qwen2_5_vl", tmp_path)), "q", Limits())
-    assert "vtc_cls" not in session.offered
+    session = Session(load_pretrained(build_folder("gemma3", tmp_path)), "g", Limits())
+    assert "visionzip" not in session.offered
     assert "random" in session.offered
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from queue import Queue
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from itprune.app.limits import Limits
@@ -14,7 +16,7 @@ from itprune.app.server import make_app
 from itprune.app.session import Ask, Event, Session, Tell
 from itprune.app.streaming import Stopped
 from itprune.app.worker import CLOSING, END, FAILED, Full, Job, Worker
-from tests.app.asking import answers, events, form, png
+from tests.app.asking import answers, connect, events, form, png
 
 WAIT = 30
 """Seconds after which a test that hangs fails."""
@@ -153,6 +155,29 @@ def test_a_full_line_is_a_503_of_one_sentence(session: Session, slow: Slow) -> N
         assert response.status_code == 503
         assert response.headers["retry-after"]
         assert "too many questions are waiting" in response.json()["error"]
+    worker.close()
+
+
+def test_a_visitor_who_goes_frees_the_model_for_the_next(session: Session, slow: Slow) -> None:
+    worker = Worker(slow, waiting=4)
+    worker.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(make_app(session, worker), log_config=None, lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        port = listener.getsockname()[1]
+        for prompt in ("first", "second", "third"):  # nobody lets them go on: each leaves instead
+            connection = connect(f"http://127.0.0.1:{port}")
+            body, headers = form(png(), prompt=prompt)
+            connection.request("POST", "/api/ask", body, headers)
+            response = connection.getresponse()
+            assert slow.began.get(timeout=WAIT) == prompt
+            response.close()
+            connection.close()
+        server.should_exit = True
+        thread.join(WAIT)
+        assert not thread.is_alive()
     worker.close()
 
 
