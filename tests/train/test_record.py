@@ -131,6 +131,26 @@ def test_a_killed_and_a_stopped_run_go_on(
     assert finished["outcome"]["step"] == 12
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")
+def test_one_of_two_processes_records_that_the_other_was_lost(
+    tiny_llava_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "out"
+    config = recipe(tiny_llava_folder, data, place, per_device_train_batch_size=2, ddp_timeout=60)
+    with Running("ddp 2", str(config)) as running:
+        running.until("'loss'", times=7)
+        (killed,) = running.processes(rank=1)
+        killed.kill()
+        error = running.until("^error")
+        running.end()
+    (one,) = attempts(place)
+    assert (one["processes"], one["launcher"]) == (2, "accelerate")
+    assert one["outcome"]["state"] == "failed"
+    assert error == f"error: {one['outcome']['sentence']}"
+    assert one["outcome"]["step"] >= 6
+
+
 def test_a_record_that_cannot_be_written_fails_nothing(
     tiny_llava_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
