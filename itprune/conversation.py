@@ -69,6 +69,21 @@ class Turn:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A turn the model is at work on."""
+
+    question: Question
+    """The whole dialogue."""
+    encoded: Encoded
+    plan: Plan
+    stream: TokenStream
+    said: Text
+    clock: Clock
+    before: Report | None
+    """What the pruner reported last."""
+
+
 class Conversation:
     """A dialogue with one model.
 
@@ -121,7 +136,8 @@ class Conversation:
         """Asks the next question.
 
         The turn is complete, and `turn` and `messages` know it, when the iterator has ended or was
-        closed; closing it early ends the answer where it is.
+        closed; closing it early ends the answer where it is. A turn that the next one, or `reset`,
+        finds under way is lost.
 
         Args:
             text: the question. Without `<image>` in it, the images stand before it.
@@ -140,15 +156,8 @@ class Conversation:
 
     def _pieces(self, question: Question, encoded: Encoded) -> Generator[str, None, None]:
         self._wait()
-        plan = self._plan(encoded)
-        # Until the model is through, the cache is in no state to be used.
-        self._held, self._why = None, UNFINISHED if self.messages else ""
-        said = Text(self._answerer.processor.tokenizer)
-        clock = Clock(self._answerer.model.device)
-        before = self._report()
-        stream = TokenStream(lambda stream: self._generate(encoded, plan, [clock, stream]))
-        self._stream = stream
-        through = False
+        running = self._start(question, encoded)
+        stream, said, through = running.stream, running.said, False
         try:
             for token in stream:
                 piece = said.add(token)
@@ -156,26 +165,22 @@ class Conversation:
                     yield piece
             through = True
         finally:
-            out = self._finish(stream, plan)
-            visual = self._visual(plan, before)
-            self._keep(question, encoded, plan, said, out, visual, clock, through)
+            out = _finish(stream)
+            if self._stream is stream:  # else another turn, or a new dialogue, did not wait for it
+                self._note(running, out, through)
         rest = said.rest()
         if rest:
             yield rest
 
-    def _finish(self, stream: TokenStream, plan: Plan) -> Any:
-        """What `generate` returned.
-
-        Raises:
-            ValueError: memory does not suffice, or the model refuses the turn.
-        """
-        try:
-            return stream.finish()
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                "the device's memory does not hold this dialogue; begin a new one, or keep fewer "
-                "tokens"
-            ) from None
+    def _start(self, question: Question, encoded: Encoded) -> Running:
+        plan = self._plan(encoded)
+        # Until the model is through, the cache is in no state to be used.
+        self._held, self._why = None, UNFINISHED if self.messages else ""
+        clock, before = Clock(self._answerer.model.device), self._report()
+        said = Text(self._answerer.processor.tokenizer)
+        stream = TokenStream(lambda stream: self._generate(encoded, plan, [clock, stream]))
+        self._stream = stream
+        return Running(question, encoded, plan, stream, said, clock, before)
 
     def _generate(self, encoded: Encoded, plan: Plan, criteria: list[Any]) -> Any:
         answerer = self._answerer
@@ -218,55 +223,61 @@ class Conversation:
         attached = self.loaded.attached
         return None if attached is None else attached.report
 
-    def _visual(self, plan: Plan, before: Report | None) -> Visual:
+    def _visual(self, running: Running) -> Visual:
         """Visual tokens of the dialogue up to this turn."""
+        plan, report = running.plan, self._report()
         known = Visual() if plan.held is None else plan.held.visual
-        report = self._report()
-        if report is not None and report is not before:
+        if report is not None and report is not running.before:
             last = list(report.visual_drops.values())[-1][0]
             given, stage1 = report.visual_in[0], report.visual_stage1[0]
             return known + Visual(given, stage1, last, report.visual_layer_tokens)
         new = plan.inputs["input_ids"][plan.start :]
         count = int(torch.isin(new, self._answerer.visual_ids).sum())
-        depth = self._answerer.text_config.num_hidden_layers
-        return known + Visual(count, count, count, count * depth)
+        return known + Visual(count, count, count, count * self._depth)
 
-    def _keep(
-        self,
-        question: Question,
-        encoded: Encoded,
-        plan: Plan,
-        said: Text,
-        out: Any,
-        visual: Visual,
-        clock: Clock,
-        through: bool,
-    ) -> None:
-        """Notes a turn that is over."""
-        answer, cache = said.whole(), out.past_key_values
-        self.messages = (*question.messages, _answered(self._without_places(answer)))
+    @property
+    def _depth(self) -> int:
+        depth: int = self._answerer.text_config.num_hidden_layers
+        return depth
+
+    def _note(self, running: Running, out: Any, through: bool) -> None:
+        """Takes in a turn that is over.
+
+        Args:
+            running: the turn.
+            out: what `generate` returned.
+            through: all tokens were read.
+        """
+        question, encoded, visual = running.question, running.encoded, self._visual(running)
+        history = self._without_places(running.said.whole())
+        self.messages = (*question.messages, _answered(history))
         self.images = question.images
         run = out.sequences[0].tolist()[:-1]  # the last token was said, and not run
-        self._held = Held(cache, run, encoded.length, encoded.inputs, visual)
+        self._held = Held(out.past_key_values, run, encoded.length, encoded.inputs, visual)
         self._why = ""
-        depth = self._answerer.text_config.num_hidden_layers
-        ended = "stop" if said.ids[-1:] and said.ids[-1] in self._answerer.stops else "length"
-        self.turn = Turn(
-            answer=answer,
+        self.turn = self._turn(running, self._held, through)
+
+    def _turn(self, running: Running, held: Held, through: bool) -> Turn:
+        ids, plan, layers = running.said.ids, running.plan, held.cache.layers
+        ended = "stop" if ids and ids[-1] in self._answerer.stops else "length"
+        visual = held.visual
+        whole = self._depth * visual.given
+        return Turn(
+            answer=running.said.whole(),
             finish=ended if through else "stopped",
-            tokens_out=len(said.ids),
-            tokens_new=encoded.length - plan.start,
+            tokens_out=len(ids),
+            tokens_new=held.prompt - plan.start,
             tokens_cached=plan.start,
             recomputed=plan.why,
             visual_in=visual.given,
             visual_stage1=visual.stage1,
             visual_stage2=visual.stage2,
-            visual_layer_average=visual.layers / (depth * visual.given) if visual.given else None,
-            kv_entries=sum(_entries(layer) for layer in cache.layers),
-            kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
-            prepare_s=encoded.prepare_s,
-            first_token_s=clock.ticks[0],
-            total_s=clock.ticks[len(said.ids) - 1],
+            visual_layer_average=visual.layers / whole if whole else None,
+            kv_entries=sum(_entries(layer) for layer in layers),
+            kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+            prepare_s=running.encoded.prepare_s,
+            first_token_s=running.clock.ticks[0],
+            total_s=running.clock.ticks[len(ids) - 1],
         )
 
     def _without_places(self, answer: str) -> str:
@@ -274,6 +285,20 @@ class Conversation:
         for place in (IMAGE, *self._answerer.reserved):
             answer = answer.replace(place, "")
         return answer
+
+
+def _finish(stream: TokenStream) -> Any:
+    """What `generate` returned.
+
+    Raises:
+        ValueError: memory does not suffice, or the model refuses the turn.
+    """
+    try:
+        return stream.finish()
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            "the device's memory does not hold this dialogue; begin a new one, or keep fewer tokens"
+        ) from None
 
 
 def _answered(text: str) -> dict[str, Any]:
