@@ -227,7 +227,7 @@ def check_images(root: Path, names: Sequence[str]) -> None:
     if absent:
         raise ValueError(
             f"{len(absent)} of {len(names)} images are missing in {root}, the first is "
-            f"{absent[0]}; name their folder with --image-root"
+            f"{absent[0]!r}; name their folder with --image-root"
         )
 
 

@@ -51,4 +51,6 @@ def with_instruction(record: Mapping[str, Any], instruction: str) -> Mapping[str
 def _followed(content: Any, instruction: str) -> Any:
     if isinstance(content, str):
         return f"{content.rstrip()}\n{instruction}"
-    return [*content, {"type": "text", "text": f"\n{instruction}"}] if content else content
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": f"\n{instruction}"}]
+    return content

@@ -74,7 +74,7 @@ class ScienceQA(Task):
         if absent:
             raise ValueError(
                 f"{self.files[0]}: {len(absent)} of {split}'s problems are missing, the first is "
-                f"{absent[0]}; give the problems.json that belongs to the splits"
+                f"{absent[0]!r}; give the problems.json that belongs to the splits"
             )
         for name, (path, problem) in problems.items():
             where = f"{path}: problem {name}"

@@ -57,7 +57,7 @@ class VQAv2(_Humans):
             where = f"{asked[0]}: question {number}"
             name = text_of(as_mapping(entry, where), "question_id", where)
             if name not in annotations:
-                raise no_answer(f"{where} ({name})")
+                raise no_answer(f"{where} (id {name!r})")
             start = f"COCO_{subset}_" if scheme == NAMES[0] else ""
             image = f"{start}{text_of(entry, 'image_id', where).zfill(12)}.jpg"
             notes = annotations[name]

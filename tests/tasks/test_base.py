@@ -92,7 +92,7 @@ def test_all_missing_images_are_counted(file: Path) -> None:
         "a gone.png x\nb one.png x\nc deep/gone.png x\nd far/gone.png x\ne gone.png x\n"
     )
     refused(file, "3 of 4 images are missing")
-    refused(file, "the first is gone.png")
+    refused(file, "the first is 'gone.png'")
 
 
 @pytest.mark.parametrize("name", ["../one.png", "/etc/hosts", "deep/../../one.png"])

@@ -122,7 +122,7 @@ def test_mme_errors(tmp_path: Path) -> None:
         ({"answer": "perhaps"}, "`answer` must be yes or no, got 'perhaps'"),
         ({"category": "colour"}, "unknown category 'colour'; did you mean 'color'"),
         ({"question": None}, "`text` is missing"),
-        ({"image": "gone.png"}, "the first is gone.png"),
+        ({"image": "gone.png"}, "the first is 'gone.png'"),
         ({"image": {"path": "x"}}, "`image` holds no bytes"),
     ):
         refused("mme", lines_file(tmp_path / "mme.jsonl", [row() | changed]), message)

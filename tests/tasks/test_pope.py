@@ -109,7 +109,7 @@ def test_pope_errors(tmp_path: Path) -> None:
         ({"label": None}, "line 1: has no answer to score with"),
         ({"label": "maybe"}, "`label` must be yes or no, got 'maybe'"),
         ({"text": None}, "`text` is missing"),
-        ({"image": "b.jpg"}, "the first is b.jpg"),
+        ({"image": "b.jpg"}, "the first is 'b.jpg'"),
     ):
         path = lines_file(tmp_path / "pope.json", [record(1, "yes") | changed])
         refused("pope", path, message)

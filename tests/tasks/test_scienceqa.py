@@ -105,12 +105,12 @@ def test_scienceqa_errors(files: list[Path], tmp_path: Path) -> None:
         ({"choices": "ab"}, "`choices`: must be a JSON list"),
         ({"choices": list("abcdef")}, "has 6 choices, 5 at most"),
         ({"question": None}, "`question` is missing"),
-        ({"image": "gone.png"}, "the first is test/1/gone.png"),
+        ({"image": "gone.png"}, "the first is 'test/1/gone.png'"),
     ):
         path = json_file(tmp_path / "problems.json", {"1": problem(**changed)})
         refused("scienceqa", path, message)
     one = json_file(tmp_path / "problems.json", {"1": problem()})
-    refused("scienceqa", [one, files[1]], "2 of test's problems are missing, the first is 2")
+    refused("scienceqa", [one, files[1]], "2 of test's problems are missing, the first is '2'")
     refused("scienceqa", files[1], "3 of test's problems are missing")
     other = json_file(tmp_path / "list.json", [{"id": "1"}])
     refused("scienceqa", other, "not LLaVA's ScienceQA, it has no `conversations`")

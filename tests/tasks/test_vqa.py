@@ -170,13 +170,13 @@ def test_vqav2_errors(files: list[Path], tmp_path: Path) -> None:
     twice = json_file(tmp_path / "twice.json", {"questions": [asked(), asked()]})
     refused("vqav2", [twice, annotations], "the id '42000' occurs twice")
     more = json_file(tmp_path / "more.json", {"questions": [asked(), asked(question_id=43)]})
-    refused("vqav2", [more, annotations], "question 2 (43): has no answer")
+    refused("vqav2", [more, annotations], "question 2 (id '43'): has no answer")
     bare = json_file(tmp_path / "bare.json", {"questions": [{"question_id": 42000}]})
     refused("vqav2", [bare, annotations], "question 1: `image_id` is missing")
     empty = json_file(tmp_path / "empty.json", {"annotations": [noted([])]})
     refused("vqav2", [questions, empty], "the annotation of question 42000: has no answer")
     (tmp_path / "COCO_val2014_000000000042.jpg").unlink()
-    refused("vqav2", files, "the first is COCO_val2014_000000000042.jpg")
+    refused("vqav2", files, "the first is 'COCO_val2014_000000000042.jpg'")
 
 
 # -------------------------------------------------------------------------------------- TextVQA
@@ -206,7 +206,7 @@ def test_textvqa_errors(tmp_path: Path) -> None:
     test_split = {key: value for key, value in ENTRY.items() if key != "answers"}
     refused("textvqa", read_text(tmp_path, test_split), "question 1: has no answer to score with")
     refused("textvqa", read_text(tmp_path, ENTRY, ENTRY), "the id '34602' occurs twice")
-    refused("textvqa", read_text(tmp_path, {**ENTRY, "image_id": "x"}), "the first is x.jpg")
+    refused("textvqa", read_text(tmp_path, {**ENTRY, "image_id": "x"}), "the first is 'x.jpg'")
     refused("textvqa", read_text(tmp_path, {**ENTRY, "answers": [[]]}), "must be text, got list")
     other = json_file(tmp_path / "other.json", {"questions": []})
     refused("textvqa", other, "not TextVQA's JSON, it has no list `data`")
