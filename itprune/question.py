@@ -51,6 +51,9 @@ class Question:
         answers = [m for m in self.messages if m["role"] == "assistant"]
         if any(part["type"] == "image" for m in answers for part in m["content"]):
             raise ValueError(f"{IMAGE} stands in an assistant turn; only a user shows images")
+        texts = [p["text"] for m in self.messages for p in m["content"] if p["type"] == "text"]
+        if any(_is_broken(text) for text in texts):
+            raise ValueError("the text holds half a character (a lone surrogate); write it anew")
         places = sum(p["type"] == "image" for m in self.messages for p in m["content"])
         if places != len(self.images):
             raise ValueError(
@@ -85,6 +88,15 @@ class Question:
         wanted = [next(left, None) if path is None else path for path in own]
         ordered = [path for path in wanted if path is not None] + list(left)
         return cls(messages, tuple(open_image(path) for path in ordered))
+
+
+def _is_broken(text: str) -> bool:
+    """No tokenizer takes what cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def split_text(text: Any) -> Content:

@@ -66,6 +66,7 @@ def test_images_come_in_the_order_of_their_places() -> None:
         ({"prompt": "a", "messages": []}, "has `prompt` and `messages`"),
         ({"prompt": 3}, "`prompt` must be text"),
         ({"prompt": "  "}, "prompt is empty"),
+        ({"prompt": "a \ud800 b"}, "half a character"),
         ({"prompt": "a <image> b"}, r"1 <image> but 0 image\(s\)"),
         ({"prompt": "<image> b", "images": ["a", "b"]}, r"1 <image> but 2 image\(s\)"),
         ({"prompt": "a", "image": 7}, "an image must be a path"),
