@@ -17,6 +17,7 @@ from itprune.checkpoint import Loaded
 from itprune.conversation import Conversation
 from itprune.decoding import Decoding
 from itprune.inputs import PER_TOKEN
+from itprune.methods import method_class, methods
 from itprune.question import Question
 from tests.chat_models import NAMES, load, picture
 from tests.oracle import drops_of, masked, recorded_rows
@@ -35,6 +36,7 @@ TEXT_FIRST: tuple[Asked, ...] = (
     ("green <image> blue <image> ?", [0, 1]),
     ("yellow", []),
 )
+METHODS = [name for name in methods() if method_class(name).__module__.startswith("itprune.")]
 DIALOGUES = {"picture first": PICTURE_FIRST, "text first": TEXT_FIRST}
 
 
@@ -159,6 +161,21 @@ def test_a_pruned_dialogue_about_one_picture_equals_the_answerer(name: str) -> N
         )
         assert turn.finish == whole.finish
     assert turn.tokens_cached > turn.tokens_new
+
+
+@pytest.mark.parametrize("method", [*METHODS, "visionzip+pyramiddrop"])
+def test_every_method_goes_on(method: str) -> None:
+    """Weights of trained parts are drawn, and tokens renumbered, the same in both."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(load("llava", PruneConfig(method, keep=0.5)))
+    talk, answerer = Conversation(made[0], SHORT), Answerer(made[1], SHORT)
+    for asked in (PICTURE_FIRST[0], PICTURE_FIRST[1], ("yellow", [])):
+        whole = answerer([question(talk, asked)])[0]
+        assert say(talk, asked) == whole.answer
+        assert talk.turn.visual_stage2 == whole.visual_stage2
+    assert talk.turn.recomputed == ""
 
 
 def test_a_turn_runs_its_own_tokens_only() -> None:
