@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from itprune.comparing.curves import looks_of, matplotlib_figure, panel, rank
+from itprune.comparing.curves import INK, looks_of, matplotlib_figure, panel, rank
 from itprune.comparing.entries import DENSE
 from itprune.evaluating.runs import Run
 from itprune.evaluating.summary import Line
 
 CAPTION = (
     "Colour: the best on average of those that reach every budget. Black: controls. "
-    "Bars and band: 95 % bootstrap intervals; line: dense."
+    "Bars and band: 95 % bootstrap intervals; line and star: dense."
 )
 AXES = {
     "layer_average": "visual tokens kept, layer average",
@@ -54,6 +54,8 @@ def _draw(axis: Any, run: Run, points: Sequence[Line], key: str, title: str) -> 
         if line is not dense:
             curves.setdefault(line["method"], []).append(line)
     curves = dict(sorted(curves.items(), key=rank))
+    if key != "layer_average":  # where dense is 1, far right of all others
+        axis.plot([dense[key]], [100 * dense["accuracy"]], marker="*", markersize=10, color=INK)
     panel(axis, curves, looks_of(curves), dense, key, title, run.unit)
     axis.set_title(f"{run.head['task']}: {run.head['model']}", fontsize=9, loc="left")
 
