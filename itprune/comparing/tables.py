@@ -94,14 +94,14 @@ def number(name: str, form: str, scale: float = 1.0) -> Callable[[Line], str]:
 
 
 def with_ratio(name: str, ratio: str, unit: str) -> Callable[[Line], str]:
-    """Shows a field, and in brackets the field of its ratio to dense."""
+    """Shows a field, and in brackets the field of its ratio to dense, where there is one."""
 
     def show(line: Line) -> str:
         value = line[name]
         if value is None:
             return NONE
         short = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        return f"{short} ({line[ratio]:.2f}{unit})"
+        return short if line[ratio] is None else f"{short} ({line[ratio]:.2f}{unit})"
 
     return show
 

@@ -136,7 +136,7 @@ def _answer(
     found = answerer.answer([encoded for _, encoded in ready])
     seconds = clock.lap() / len(found)
     for (record, _), answer in zip(ready, found, strict=True):
-        record.update(_figures(answer), seconds=round(seconds, 6))
+        record.update(_figures(answer), seconds=round(seconds, 6), clock=clock.unit)
     return records
 
 

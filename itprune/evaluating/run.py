@@ -27,7 +27,7 @@ from itprune.evaluating.bootstrap import Draws
 from itprune.evaluating.questions import Asked, Parts
 from itprune.evaluating.runs import Run, put_run, run_folder
 from itprune.evaluating.settings import SHORT, Settings, Team, fingerprint
-from itprune.evaluating.summary import Answered, costs_of, summarise
+from itprune.evaluating.summary import Answered, costs_of, summarise, timing_of
 from itprune.tasks.base import Task
 
 
@@ -150,8 +150,8 @@ class Evaluation:
                 for s in self.parts.scored
             ]
         )
-        costs = costs_of([found[s.name] for s in counted])
-        return Answered(answers.case, costs, list(scores.values()))
+        records = [found[s.name] for s in counted]
+        return Answered(answers.case, costs_of(records), timing_of(records), list(scores.values()))
 
     def _verdict(self, sample: Asked, score: dict[str, float]) -> Record:
         """What a reader of the answers looks for beside them."""
@@ -176,7 +176,6 @@ class Evaluation:
             "max_new_tokens": settings.max_new_tokens,
             "batch_size": settings.batch_size,
             "processes": self.team.size,
-            "clock": clock.unit,
             "machine": machine(clock),
             "versions": versions(),
         }

@@ -25,7 +25,6 @@ HEAD = {
     "bad": "questions left out, each with the reason",
     "calibration": "others that methods are calibrated on",
     "draws": "of the bootstrap",
-    "clock": "what answers_per_s is measured in",
     "batch_size": "questions answered together",
     "rows": "one for each method and budget, see `fields`",
 }
@@ -85,12 +84,13 @@ def section(run: Run) -> Iterator[str]:
 
 def _facts(run: Run) -> str:
     head = run.head
+    timings = "; ".join(dict.fromkeys(line["timing"] for line in run.lines if line["timing"]))
     software = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     return (
         f"Data {', '.join(head['data'])}: {head['items']} questions count, {head['calibration']} "
         f"others to calibrate on. The interval is the 95 % bootstrap's ({head['draws']} draws), "
         "differences to dense are paired. In brackets: tokens as a share of dense's, answers per "
-        f"second over dense's ({head['clock']}, batches of {head['batch_size']}). "
+        f"second over dense's ({timings}). "
         f"{head['machine']['device']}, {head['machine']['processor']}; {software}."
     )
 

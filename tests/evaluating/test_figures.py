@@ -16,7 +16,7 @@ from itprune.comparing.scoring import DRAWS, bounds, interval
 from itprune.evaluating.bootstrap import TOTALLED, Draws
 from itprune.evaluating.plot import draw_pareto
 from itprune.evaluating.runs import Run, all_runs, put_run
-from itprune.evaluating.summary import FIELDS, Answered, costs_of, summarise
+from itprune.evaluating.summary import FIELDS, Answered, costs_of, summarise, timing_of
 from itprune.evaluating.tables import section, write_tables
 from itprune.tasks.base import Item, Task
 
@@ -65,7 +65,7 @@ def scores(*values: float) -> list[dict[str, float]]:
 def record(seconds: float, batch: int = 4, visual: int = 10) -> dict[str, Any]:
     return {
         "visual_in": 2 * visual, "visual_llm": visual, "layer_average": 0.5, "kv_entries": 30,
-        "kv_bytes": 60, "tokens_out": 2, "batch": batch, "seconds": seconds,
+        "kv_bytes": 60, "tokens_out": 2, "batch": batch, "seconds": seconds, "clock": "s",
     }  # fmt: skip
 
 
@@ -126,21 +126,23 @@ def test_costs_are_means_and_seconds_those_of_full_batches() -> None:
     assert costs["answers_per_s"] == pytest.approx(10)
     assert costs["visual_llm"] == (4 * 10 + 20) / 5
     assert costs["kv_entries"] == 30
+    assert timing_of(records) == "s, batches of 4"
     blind = costs_of([{**record(0.1), "visual_in": 0, "layer_average": None}])
     assert "layer_average" not in blind
 
 
 def lines_of(task: Plain, items: Sequence[Item]) -> list[dict[str, Any]]:
-    dense, short = costs_of([record(0.1, visual=20)] * 4), costs_of([record(0.05)] * 4)
+    dense = (costs_of([record(0.1, visual=20)] * 4), "s, batches of 4")
+    short, other = (costs_of([record(0.05)] * 4), dense[1]), (costs_of([record(0.05)] * 4), "min")
     return summarise(
         task,
         items,
         [
-            Answered(case("visionzip", 0.2), short, scores(1, 1, 0, 1)),
+            Answered(case("visionzip", 0.2), *other, scores(1, 1, 0, 1)),
             Answered(case("fastv", 0.2), reason="prune.keep: out of | reach"),
-            Answered(case("random", 0.2, 0), short, scores(1, 0, 0, 0)),
-            Answered(case("random", 0.2, 1), short, scores(1, 1, 0, 0)),
-            Answered(case("dense", 1.0), dense, scores(1, 1, 1, 0)),
+            Answered(case("random", 0.2, 0), *short, scores(1, 0, 0, 0)),
+            Answered(case("random", 0.2, 1), *short, scores(1, 1, 0, 0)),
+            Answered(case("dense", 1.0), *dense, scores(1, 1, 1, 0)),
         ],
     )
 
@@ -158,6 +160,7 @@ def test_seeds_are_joined_and_all_is_set_against_dense() -> None:
     assert chance["ratio"] == 0.5
     assert chance["visual_llm_ratio"] == 0.5
     assert chance["speedup"] == pytest.approx(2)
+    assert zipped["speedup"] is None  # measured otherwise than dense
     assert zipped["difference"] == 0.0
     assert zipped["difference_low"] < 0 < zipped["difference_high"]
     # Of visionzip's even questions one of two is right, as of dense's; of the odd both, as dense's.
@@ -172,7 +175,7 @@ def test_seeds_are_joined_and_all_is_set_against_dense() -> None:
 HEAD = {
     "run": "0123", "task": "plain", "metric": "accuracy", "model": "m", "data": ["d.json"],
     "items": 4, "bad": [{"id": "x", "error": "sample x:\nunreadable | image"}], "calibration": 1,
-    "draws": 2000, "clock": "seconds", "batch_size": 4, "versions": {"torch": "2"},
+    "draws": 2000, "batch_size": 4, "versions": {"torch": "2"},
     "machine": {"device": "cpu", "processor": "p"},
 }  # fmt: skip
 
