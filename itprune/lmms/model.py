@@ -23,7 +23,18 @@ from itprune.lmms.asked import Asked, batches
 from itprune.lmms.likelihood import Likelihood, answer_ids, likelihoods
 from itprune.lmms.settings import LONGEST, cut, decoding, stop_strings, unused
 from itprune.lmms.tally import Tally
-from itprune.options import check_choice, check_positive
+from itprune.options import check_choice, check_positive, nearest
+
+ARGUMENTS = (
+    "pretrained",
+    "keep",
+    "method",
+    "device",
+    "dtype",
+    "batch_size",
+    "seed",
+    "max_new_tokens",
+)
 
 
 class Itprune(lmms):
@@ -53,8 +64,11 @@ class Itprune(lmms):
         batch_size: int | str = 1,
         seed: int = 0,
         max_new_tokens: int = LONGEST,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            raise ValueError(f"--model_args: unknown argument {name!r}; {nearest(name, ARGUMENTS)}")
         if dtype is not None:
             check_choice("dtype", dtype, DTYPES)
         self.batch_size = _batch_size(batch_size)

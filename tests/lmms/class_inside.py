@@ -54,6 +54,7 @@ def test_arguments_reach_the_checkpoint(pruned: Any) -> None:
         ("dtype=half", "dtype: unknown value 'half'"),
         ("batch_size=auto", "batch_size=auto: must be a number"),
         ("batch_size=0", "batch_size: must be at least 1"),
+        ("metod=visionzip", "unknown argument 'metod'; did you mean 'method'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(words: str, message: str) -> None:
