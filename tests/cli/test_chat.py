@@ -41,9 +41,8 @@ def talk(checkpoint: Path, monkeypatch: Any, capsys: Any) -> Chat:
 
     def run(*lines: str, more: tuple[str, ...] = (), folder: Path = checkpoint) -> Any:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        args = options(folder, *more)
         capsys.readouterr()
-        assert args.run(args) == 0
+        assert main(["chat", "--model", str(folder), *SHORT, *more]) == 0
         out, err = capsys.readouterr()
         return out.splitlines(), err
 
@@ -218,6 +217,7 @@ def test_pictures_beside_the_saved_file_are_named_from_it(
         ("/method quecc", "method 'quecc' has trained parts"),
         ("/save", "/save: the name of a file is needed"),
         ("/save a.jsonl", "/save: there is no dialogue yet"),
+        ("blue \udc80", "the text holds half a character"),
         ("<image> what?", "the text has 1 <image> but 0 image(s) are given"),
         ("blue " * 600, "holds 512; shorten it or use fewer images; /reset begins a new dialogue"),
     ],
@@ -332,16 +332,6 @@ def test_ctrl_c_while_an_answer_ends_counts(session: Session, monkeypatch: Any) 
     assert told(session) == "\n"
 
 
-PROGRAM = """
-import argparse, sys
-from itprune.cli import chat
-parser = argparse.ArgumentParser()
-chat.add_parser(parser.add_subparsers())
-args = parser.parse_args(sys.argv[1:])
-sys.exit(args.run(args))
-"""
-
-
 class Terminal:
     """A program on a pseudo-terminal."""
 
@@ -378,7 +368,7 @@ class Terminal:
 def test_on_a_terminal(checkpoint: Path, pictures: Path) -> None:
     """Typed lines, Ctrl-C in the middle of a long answer, and Ctrl-D."""
     arguments = ["chat", "--model", str(checkpoint), "--max-new-tokens", "400", "--device", "cpu"]
-    terminal = Terminal(sys.executable, "-c", PROGRAM, *arguments)
+    terminal = Terminal(sys.executable, "-m", "itprune.cli", *arguments)
     try:
         assert "/help lists the commands" in terminal.read_until("> ")
         terminal.type(f"/image {pictures / '0.png'}\n")
