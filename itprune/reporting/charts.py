@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -27,6 +28,8 @@ LINE = 50
 """Letters above a bar."""
 SERIES = 8
 """Drawn in one picture; the others are in the table."""
+LEAST = 0.02
+"""Room above and below shares: where all are alike, there is still an axis, within 0 and 1."""
 APART = 2.5
 """Between the points of two series at one budget, so that intervals do not cover each other."""
 CONTROLS = ("dense", "random", "downsample")
@@ -151,7 +154,7 @@ def _scores(folder: str, one: Scores) -> Chart | None:
     note = "Bars: 95 % bootstrap interval."
     note += f" {left} further method(s) are in the table." if left else ""
     return _over_keep(
-        f"{folder}: {one.data}",
+        f"{folder}: {Path(one.data).name}",
         found,
         one.metric,
         "visual tokens kept, average over the layers",
@@ -173,6 +176,8 @@ def _over_keep(
     ys += [end for series in found for span in series.spans if span is not None for end in span]
     if not xs:
         return None
+    if percent:
+        ys += [max(min(ys) - LEAST, 0.0), min(max(ys) + LEAST, 1.0)]
     frame = Frame.around([0.0, 1.0, *xs], ys)
     inside, ends, legend = [frame.axes(x_name, y_name, percent)], [], []
     for index, series in enumerate(found):

@@ -123,14 +123,14 @@ class Frame:
             found.append(_line(LEFT, y, WIDTH - RIGHT, y, faint=True))
             found.append(text(LEFT - 6, y + 4, told, "end"))
         found.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, "middle", soft=True))
-        found.append(text(2, TOP - 2, y_name, "start", soft=True))
+        found.append(text(2, TOP - 14, y_name, "start", soft=True))
         return Markup("").join(found)
 
 
 def chart(title: str, inside: Sequence[Markup], height: float = HEIGHT) -> Markup:
     """The picture as a whole; `title` is what a screen reader says."""
     # Above the plot stands the name of the upward axis.
-    box = f"0 -12 {WIDTH} {_short(height + 12)}"
+    box = f"0 -14 {WIDTH} {_short(height + 14)}"
     look = "width:100%;max-width:32rem"
     return tag("svg", *inside, viewBox=box, role="img", aria_label=title, style=look)
 

@@ -234,6 +234,18 @@ def test_one_run_of_one_step_is_drawn(tmp_path: Path) -> None:
     assert "figure" not in Page(written(training(tmp_path / "b", attempts=[], log=empty))).tags
 
 
+def test_scores_that_are_all_nothing_have_an_axis_of_shares(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    rows = [row("dense", 1.0, 0.0) | {"low": 0.0, "high": 0.0}]
+    (tmp_path / "s" / "compare.json").write_text(
+        json.dumps({"model": "m", "data": "/far/away/val.json", "rows": rows})
+    )
+    (picture,) = charts(summarise([tmp_path / "s"]))
+    assert picture.title == "s: val.json"
+    assert "0.5 %" in picture.picture
+    assert "-" not in "".join(re.findall(r">([^<]* %)<", picture.picture))
+
+
 def test_scores_keep_their_best_methods_in_the_picture(tmp_path: Path) -> None:
     rows = [row("dense", 1.0, 0.9), row("random", 0.2, 0.1)]
     rows += [row(f"m{i}", 0.2, 0.3 + i / 100) for i in range(12)]
