@@ -87,6 +87,18 @@ class Task(ABC):
         Raises:
             ValueError: what is wrong with the files, in one sentence.
         """
+        cls._check_call(files, options)
+        root = cls.default_root(files) if image_root is None else image_root
+        if not root.is_dir():
+            raise ValueError(f"--image-root {root}: no such folder")
+        task = cls(files, root, options)
+        task.items = tuple(task.read_items())
+        task._check_items()
+        return task
+
+    @classmethod
+    def _check_call(cls, files: Sequence[Path], options: Mapping[str, str]) -> None:
+        """Raises ValueError: an unknown option, or a file that is not there."""
         known = ["instruction", *cls.own_options]
         for option in options:
             if option not in known:
@@ -98,13 +110,6 @@ class Task(ABC):
         for path in files:
             if not path.exists():
                 raise ValueError(f"{path}: no such file; task {cls.name} needs {cls.needs}")
-        root = cls.default_root(files) if image_root is None else image_root
-        if not root.is_dir():
-            raise ValueError(f"--image-root {root}: no such folder")
-        task = cls(files, root, options)
-        task.items = tuple(task.read_items())
-        task._check_items()
-        return task
 
     @classmethod
     def default_root(cls, files: Sequence[Path]) -> Path:

@@ -60,7 +60,6 @@ class MMBench(Task):
     own_options: ClassVar = {"kind": "category (default) or l2-category"}
 
     def read_items(self) -> Iterable[Item]:
-        self._kind = self.options.get("kind", KINDS[0])
         check_choice("task mmbench: kind", self._kind, KINDS)
         # The same picture stands in every turn of a question; it is kept once.
         pictures: dict[str, bytes] = {}
@@ -91,6 +90,10 @@ class MMBench(Task):
 
     def group(self, item: Item) -> str:
         return str(int(item.id) % TURN)
+
+    @property
+    def _kind(self) -> str:
+        return self.options.get("kind", KINDS[0])
 
     def _item(self, row: _Row, image: str, content: bytes) -> Item:
         answer = _filled(row.fields, "answer").upper()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import itprune.tasks as registry
 from itprune.tasks import find_task, register_task, tasks
 from itprune.tasks.base import Item, Task, check_images, image_names, share_all_right
 
@@ -168,6 +169,18 @@ def test_the_registry_has_the_fields_benchmarks() -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="unknown task 'vqav'; did you mean 'vqav2'"):
         find_task("vqav")
+
+
+def test_tasks_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        name, value = "broken", "somewhere:Broken"
+
+        def load(self) -> None:
+            raise ImportError("no module somewhere")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
+    with pytest.warns(UserWarning, match="task 'broken' of somewhere:Broken is left out"):
+        registry._load_entry_points.__wrapped__()
 
 
 @pytest.mark.parametrize(("name", "message"), [("Bad Name", "lower-case"), ("gqa", "taken")])

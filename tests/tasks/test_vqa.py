@@ -37,6 +37,8 @@ WORDS = st.sampled_from(["yes", "no", "2", "a dog"])
         ("black / white", "black white"),
         # The rule looks at the whole text: here a hyphen beside a space is found too.
         ("t-shirt - red", "tshirt red"),
+        # The text as it was given: the space that the semicolon leaves is not beside the hyphen.
+        ("x;-y p-q", "x y p q"),
         ("yes!", "yes"),
         ("?", ""),
         # A comma between digits takes all marks away, its own too.
@@ -70,6 +72,7 @@ def test_textvqa_takes_possessives_apart() -> None:
     assert normalise("Mary's shop") == "mary's shop"
     # Without its comma the number is no longer one with a comma, so the slash becomes a space.
     assert normalise_read("1,000 x/y") == "1000 x y"
+    assert normalise_read("x?y") == "xy"
 
 
 @pytest.mark.parametrize(
