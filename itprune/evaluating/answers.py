@@ -124,7 +124,8 @@ def file_name(case: Case) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one step, so that a crash leaves the old one."""
-    partial = path.with_name(f"{path.name}.partial")
+    # Of its own process: several may find at once why a case does not run.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

@@ -83,6 +83,8 @@ def ask(
 ) -> None:
     """Answers batches, and keeps the records of each as soon as they are there.
 
+    A method that the model or the memory refuses is left out, with the reason.
+
     Args:
         subject: the model.
         answers: of the case, prepared.
@@ -91,7 +93,7 @@ def ask(
         step: told how many questions are done.
 
     Raises:
-        ValueError: more questions are unreadable than are put up with, or the model refuses.
+        ValueError: more questions are unreadable than are put up with, or dense does not run.
     """
     head = answers.head() or {}
     fitted = head.get("calibration")
@@ -101,7 +103,13 @@ def ask(
     with subject.wearing(answers.case, calibration) as attached:
         answerer = subject.answerer(attached, share.how.max_new_tokens)
         for batch in batches:
-            records = _answer(answerer, batch, share.how.encode, clock)
+            try:
+                records = _answer(answerer, batch, share.how.encode, clock)
+            except ValueError as error:
+                if answers.case.entry.label == DENSE:
+                    raise
+                answers.put_head({"reason": str(error)})
+                return
             answers.append(share.team.rank, records)
             bad += [record for record in records if "error" in record]
             refuse_many(bad, len(share.parts.scored), share.most_bad)

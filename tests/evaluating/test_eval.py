@@ -111,6 +111,30 @@ def test_a_method_that_does_not_fit_is_a_row_with_its_reason(
     assert "needs training" in (tmp_path / "out" / "eval.md").read_text()
 
 
+def test_a_method_that_fails_while_it_answers_is_left_out_and_dense_is_not(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Answerer.answer
+
+    def breaks(self: Answerer, batch: Any) -> Any:
+        attached = self.loaded.attached
+        if attached is not None and attached.config.method == broken:
+            raise ValueError("the device's memory does not hold it")
+        return answer(self, batch)
+
+    monkeypatch.setattr(Answerer, "answer", breaks)
+    broken = "topk_cls"
+    assert evaluate("--keep", "0.5", "--limit", "2") == 0
+    assert rows(tmp_path)["topk_cls", 0.5]["reason"] == "the device's memory does not hold it"
+    assert rows(tmp_path)["random", 0.5]["value"] is not None
+    broken = "dense"
+    with pytest.raises(ValueError, match="does not hold it"):
+        evaluate("--keep", "0.5", "--limit", "3")
+    monkeypatch.undo()
+    assert evaluate("--keep", "0.5", "--limit", "2", "--retry") == 0
+    assert rows(tmp_path)["topk_cls", 0.5]["value"] is not None
+
+
 # ---------------------------------------------------------------------------------- resuming
 def test_a_second_call_asks_only_what_is_missing(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
