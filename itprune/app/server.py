@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from itprune.app.asking import Refusal, read_ask
 from itprune.app.guards import Guards
@@ -100,21 +101,38 @@ class _Asker:
             self.worker.join(job)
         except Full:
             raise _busy() from None
-        return StreamingResponse(self._stream(job, events), media_type="text/event-stream")
+        return EventStream(events, lambda: self.worker.leave(job))
 
-    async def _stream(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+
+class EventStream(StreamingResponse):
+    """Server-sent events up to `END`.
+
+    Args:
+        events: where they come in.
+        left: called when the stream is over, also where the visitor has gone before it began.
+    """
+
+    def __init__(self, events: asyncio.Queue[Event], left: Callable[[], None]) -> None:
+        super().__init__(_lines(events), media_type="text/event-stream")
+        self.left = left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), BEAT)
-                except TimeoutError:
-                    yield ": still here\n\n"  # also finds out that nobody listens
-                    continue
-                yield f"data: {json.dumps(event)}\n\n"
-                if event == END:
-                    return
-        finally:  # also when the visitor has gone
-            self.worker.leave(job)
+            await super().__call__(scope, receive, send)
+        finally:
+            self.left()
+
+
+async def _lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+    while True:
+        try:
+            event = await asyncio.wait_for(events.get(), BEAT)
+        except TimeoutError:
+            yield ": still here\n\n"
+            continue
+        yield f"data: {json.dumps(event)}\n\n"
+        if event == END:
+            return
 
 
 # ------------------------------------------------------------------------------------ refusals

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from itprune.app.session import Session
+from itprune.app.worker import Worker
 from tests.app.asking import png
+from tests.app.serving import WAIT, served
+from tests.app.stubs import Slow, Visitor
 from tests.app.test_serving import running
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -177,6 +181,54 @@ def test_what_is_wrong_is_said_beside_the_button(browser: Any, url: str) -> None
     upload(visit.page, png())
     visit.ask()
     expect(wrong).to_be_hidden()
+
+
+def test_the_line_is_shown_and_can_be_left(browser: Any, session: Session) -> None:
+    slow = Slow()
+    worker = Worker(slow, waiting=4)
+    first = Visitor("first")
+    with served(session, worker) as url:
+        worker.join(first.job)
+        slow.began.get(timeout=WAIT)
+        visit = Visit(browser.new_page(), url)
+        visit.begin()
+        page = visit.page
+        upload(page, png())
+        page.fill("#prompt", "second")
+        page.click("#ask")
+        expect(page.locator("#status")).to_have_text("1 before you …")
+        expect(page.locator("#ask")).to_be_disabled()
+        page.click("#stop")
+        expect(page.locator("#status")).to_have_text("Stopped.")
+        expect(page.locator("#ask")).to_be_enabled()
+        page.fill("#prompt", "third")
+        page.click("#ask")
+        expect(page.locator("#status")).to_have_text("1 before you …")
+        slow.go.release()
+        assert slow.began.get(timeout=WAIT) == "third"
+        worker.close()
+        expect(page.locator("#wrong")).to_have_text("The server is stopping; ask again later")
+        visit.check_quiet()
+
+
+def test_what_is_drawn_is_where_the_patches_are(browser: Any, url: str) -> None:
+    visit = Visit(browser.new_page(), url)
+    visit.begin()
+    page = visit.page
+    upload(page, png())
+    page.evaluate(
+        """async () => {
+          const { draw } = await import("/drawing.js");
+          const grid = { rows: 1, columns: 2, box: [0.25, 0, 0.75, 1] };
+          const stage = { layer: 0, kept: 1, of: 2, masks: ["01"] };
+          draw(document.getElementById("overlay"), { grids: [grid], stages: [stage] }, 0);
+        }"""
+    )
+    dropped = page.locator("#overlay .dropped").get_attribute("d")
+    # The parts that were cut off, then the first patch.
+    assert dropped == ("M0 0H250V1000H0ZM750 0H1000V1000H750Z" + "M250 0H500V1000H250Z")
+    assert page.locator("#overlay .edge").get_attribute("d").startswith("M500 0H750")
+    visit.check_quiet()
 
 
 def test_the_policy_holds_back_what_would_leave(browser: Any, url: str) -> None:

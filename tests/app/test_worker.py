@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from queue import Queue
+from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from itprune.app.limits import Limits
 from itprune.app.server import make_app
-from itprune.app.session import Ask, Event, Session, Tell
-from itprune.app.streaming import Stopped
-from itprune.app.worker import CLOSING, END, FAILED, Full, Job, Worker
+from itprune.app.session import Session
+from itprune.app.worker import CLOSING, FAILED, Full, Worker
 from tests.app.asking import answers, connect, events, form, png
-
-WAIT = 30
-"""Seconds after which a test that hangs fails."""
-
-
-class Slow:
-    """Answers when it is told to."""
-
-    def __init__(self) -> None:
-        self.began: Queue[str] = Queue()
-        self.go = threading.Semaphore(0)
-
-    def answer(self, ask: Ask, tell: Tell, stopped: Callable[[], bool]) -> None:
-        self.began.put(ask.prompt)
-        while not self.go.acquire(timeout=0.01):
-            if stopped():
-                raise Stopped
-        if ask.prompt == "bad":
-            raise ValueError("a sentence\nand a second line")
-        if ask.prompt == "broken":
-            raise RuntimeError("/secret/path")
-        tell({"kind": "done", "answer": ask.prompt})
-
-
-class Visitor:
-    """Listens to one job."""
-
-    def __init__(self, prompt: str) -> None:
-        self.events: Queue[Event] = Queue()
-        self.job = Job(Ask(b"", prompt, "itprune", 0.3, 8, False), self.events.put)
-
-    def told(self) -> list[Event]:
-        """Everything up to the end."""
-        out = []
-        while (event := self.events.get(timeout=WAIT)) != END:
-            out.append(event)
-        return out
+from tests.app.serving import WAIT, served
+from tests.app.stubs import Slow, Visitor
 
 
 @pytest.fixture
@@ -159,26 +119,15 @@ def test_a_full_line_is_a_503_of_one_sentence(session: Session, slow: Slow) -> N
 
 
 def test_a_visitor_who_goes_frees_the_model_for_the_next(session: Session, slow: Slow) -> None:
-    worker = Worker(slow, waiting=4)
-    worker.start()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(make_app(session, worker), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        port = listener.getsockname()[1]
+    with served(session, Worker(slow, waiting=4)) as url:
         for prompt in ("first", "second", "third"):  # nobody lets them go on: each leaves instead
-            connection = connect(f"http://127.0.0.1:{port}")
+            connection = connect(url)
             body, headers = form(png(), prompt=prompt)
             connection.request("POST", "/api/ask", body, headers)
             response = connection.getresponse()
             assert slow.began.get(timeout=WAIT) == prompt
             response.close()
             connection.close()
-        server.should_exit = True
-        thread.join(WAIT)
-        assert not thread.is_alive()
-    worker.close()
 
 
 def test_an_answer_that_takes_too_long_is_cut(client: TestClient, session: Session) -> None:

@@ -4,6 +4,7 @@ import { draw } from "./drawing.js";
 
 const $ = (id) => document.getElementById(id);
 const COLUMNS = ["pruned", "dense"];
+const MANY = 5; // stages beyond which they are a list to choose from
 const FINISH = {
   stop: "",
   length: "Cut at the longest answer.",
@@ -113,25 +114,37 @@ function forget() {
 function showStages() {
   const names = kept.stages.map(({ layer, kept: count, of }) =>
     `${layer === 0 ? "Stage 1, into the LLM" : `Stage 2, from layer ${layer}`}: ${count} of ${of}`);
-  const radios = [...names, "Whole picture"].map((name, index) => {
-    const label = document.createElement("label");
-    const radio = document.createElement("input");
-    radio.type = "radio";
-    radio.name = "stage";
-    radio.checked = index === 0;
-    radio.addEventListener("change", () => draw($("overlay"), kept, index));
-    label.append(radio);
-    if (index < names.length) {
-      const key = document.createElement("i");
-      if (index > 0) key.className = "late";
-      label.append(key);
-    }
-    label.append(name);
-    return label;
-  });
-  $("stages").replaceChildren($("stages").querySelector("legend"), ...radios);
+  names.push("Whole picture");
+  const controls = names.length > MANY ? [choiceOf(names)] : names.map(radioOf);
+  $("stages").replaceChildren($("stages").querySelector("legend"), ...controls);
   $("stages").hidden = false;
   draw($("overlay"), kept, 0);
+}
+
+function radioOf(name, index, names) {
+  const label = document.createElement("label");
+  const radio = document.createElement("input");
+  radio.type = "radio";
+  radio.name = "stage";
+  radio.checked = index === 0;
+  radio.addEventListener("change", () => draw($("overlay"), kept, index));
+  label.append(radio);
+  if (index < names.length - 1) {
+    const key = document.createElement("i");
+    if (index > 0) key.className = "late";
+    label.append(key);
+  }
+  label.append(name);
+  return label;
+}
+
+/** One control for methods that drop tokens after many layers. */
+function choiceOf(names) {
+  const choice = document.createElement("select");
+  choice.setAttribute("aria-label", "Stage");
+  names.forEach((name, index) => choice.add(new Option(name, index)));
+  choice.addEventListener("change", () => draw($("overlay"), kept, Number(choice.value)));
+  return choice;
 }
 
 // -------------------------------------------------------------------------------- asking
@@ -152,13 +165,21 @@ async function ask() {
   prepare();
   try {
     const body = await fetch("/api/ask", { method: "POST", body: form, signal: asking.signal });
-    if (!body.ok) throw new Error((await body.json()).error);
+    if (!body.ok) throw new Error(await refusal(body));
     await read(body.body);
   } catch (error) {
     if (error.name === "AbortError") say("Stopped.");
     else fail(error instanceof TypeError ? "The server does not answer; is it still running?" : error.message);
   } finally {
     finish();
+  }
+}
+
+async function refusal(response) {
+  try {
+    return (await response.json()).error;
+  } catch {
+    return "The server is busy; try again in a minute.";
   }
 }
 
