@@ -118,9 +118,11 @@ class Record:
             self.attempt["outcome"] = {**self._outcome, "step": state.global_step}
             self.attempt["metrics"] = metrics_of(state.log_history, self._since)
 
-    def write(self, now: bool) -> None:
-        """Writes what is known: now, or where the last time is a while ago."""
+    def keep_up(self, state: Any, now: bool) -> None:
+        """Takes over what a TrainerState holds and writes it: now, or where the last time is a
+        while ago. A log of many thousand steps takes its time to sum up."""
         if now or time.monotonic() - self._written > EVERY:
+            self.note(state)
             self._write()
 
     def lost(self, sentence: str) -> None:
@@ -184,12 +186,10 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         self.record = record
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.record.note(state)
-        self.record.write(now=False)
+        self.record.keep_up(state, now=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.record.note(state)
-        self.record.write(now=True)
+        self.record.keep_up(state, now=True)
 
 
 def earlier(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ def metrics_of(history: Log, since: int = 0) -> dict[str, Any]:
         {"last", "best"}; `step_time_s` and `tokens_per_s` as medians over the logged steps;
         `peak_mb`. None, or left out of `eval`, where nothing was logged.
     """
-    names = dict.fromkeys(name for entry in history for name in entry if EVALUATED.fullmatch(name))
+    logged = dict.fromkeys(name for entry in history for name in entry)
+    names = [name for name in logged if EVALUATED.fullmatch(name)]
     own = [entry for entry in history if (number(entry.get("step")) or 0) > since]
     return {
         "loss": _last_and_best(values(history, "loss"), min),

@@ -9,10 +9,12 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from tests.train.helpers import history, losses, recipe_values, train_here, write_data, write_recipe
 from tests.train.test_faults_launch import Running, recipe
@@ -23,7 +25,7 @@ from train.guards.stopping import StopRequest
 from train.guards.watchdog import Watchdog
 from train.launcher import Launch
 from train.recipe.config import load_recipe
-from train.record import LOST, Record, earlier, fate
+from train.record import EVERY, LOST, Record, earlier, fate
 from train.run import run
 from train.surroundings import commit, launcher, without_secrets
 
@@ -177,8 +179,24 @@ def test_a_damaged_record_is_put_aside(text: str, tmp_path: Path) -> None:
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     record = Record(None, {})
     record.end("finished", None)
-    record.write(now=True)
+    record.keep_up(TrainerState(), now=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_along_is_written_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(tmp_path / "run.json", {"outcome": {"state": "running", "step": 0}})
+    state = TrainerState(global_step=7, log_history=[{"step": 7, "loss": 2.0}])
+    record.keep_up(state, now=True)
+    state.global_step = 8
+    record.keep_up(state, now=False)
+    assert attempts(tmp_path)[0]["outcome"]["step"] == 7
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * EVERY)
+    record.keep_up(state, now=False)
+    assert attempts(tmp_path)[0]["outcome"]["step"] == 8
+    assert attempts(tmp_path)[0]["metrics"]["loss"] == {"last": 2.0, "best": 2.0}
 
 
 def test_ends_have_names() -> None:
