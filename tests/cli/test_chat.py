@@ -337,6 +337,7 @@ class Terminal:
 
     def __init__(self, *command: str) -> None:
         self.screen, side = pty.openpty()
+        self.left = b""
         environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.program = subprocess.Popen(
             command,
@@ -348,18 +349,21 @@ class Terminal:
         )
         os.close(side)
 
-    def read(self) -> str:
-        """What is shown next."""
-        ready, _, _ = select.select([self.screen], [], [], 120)
-        assert ready, "nothing is shown any more"
-        return os.read(self.screen, 4096).decode(errors="replace")
+    def wait(self) -> None:
+        """Until something is shown that was not read yet."""
+        if not self.left:
+            ready, _, _ = select.select([self.screen], [], [], 120)
+            assert ready, "nothing is shown any more"
+            self.left = os.read(self.screen, 4096)
 
     def read_until(self, text: str) -> str:
         """What is shown up to and with `text`."""
-        shown = ""
-        while text not in shown:
-            shown += self.read()
-        return shown
+        shown = b""
+        while text.encode() not in shown:
+            self.wait()
+            shown, self.left = shown + self.left, b""
+        head, found, self.left = shown.partition(text.encode())
+        return (head + found).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
@@ -375,7 +379,7 @@ def test_on_a_terminal(checkpoint: Path, pictures: Path) -> None:
         terminal.read_until("1 picture(s) with the next question]\r\n> ")
         terminal.type("What colour is the square?\n")
         terminal.read_until("square?\r\n")
-        terminal.read()  # the answer has begun
+        terminal.wait()  # the answer has begun
         terminal.program.send_signal(signal.SIGINT)
         terminal.read_until("[Ctrl-C again, or Ctrl-D, ends the chat]\r\n> ")
         terminal.type("/stats\n")
