@@ -57,12 +57,12 @@ def test_none_can_be_the_right_answer(tmp_path: Path) -> None:
 
 
 def circular(tmp_path: Path) -> Task:
-    """Question 1 in three turns, question 2 in two."""
+    """Question 1 in three turns, question 11 in two."""
     rows = [
         row(1, "A"),
-        row(2, "B", 1, C=""),
+        row(11, "B", 1, C=""),
         row(1_000_001, "C", A="green", B="blue", C="red"),
-        row(1_000_002, "A", 1, A="green", B="red", C=""),
+        row(1_000_011, "A", 1, A="green", B="red", C=""),
         row(2_000_001, "B", A="blue", B="red", C="green"),
     ]
     return read("mmbench", tsv(tmp_path / "a.tsv", *rows))
@@ -70,7 +70,7 @@ def circular(tmp_path: Path) -> Task:
 
 def test_a_question_is_right_when_all_its_turns_are(tmp_path: Path) -> None:
     task = circular(tmp_path)
-    assert [task.group(item) for item in task.items] == ["1", "2", "1", "2", "1"]
+    assert [task.group(item) for item in task.items] == ["1", "11", "1", "11", "1"]
     right = {item.id: item.references[0] for item in task.items}
     assert total(task, right) == {"accuracy": 1.0, "first_turn": 1.0}
     # One turn of question 1 is wrong: half of the questions, though first turns are right.
