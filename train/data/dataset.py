@@ -27,7 +27,7 @@ from train.data.llava import LlavaRecords
 from train.data.messages import JsonlRecords
 from train.data.mixture import Mixture
 from train.data.sample import BadSample, LostSource, Records
-from train.data.workers import keep_shared
+from train.data.workers import start_worker
 from train.recipe.sections import DataSection
 
 
@@ -65,7 +65,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
         when a file has changed or gone."""
         if self._reader != os.getpid():
             self._reader = os.getpid()
-            keep_shared()
+            start_worker()
         bad: list[tuple[int, str, str]] = []
         for step in range(min(self.allowed + 1, len(self))):
             i = (index + step) % len(self)

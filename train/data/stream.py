@@ -27,7 +27,7 @@ from train.data.lane import AFTER, Lane, Order, Source, in_turn
 from train.data.sample import LostSource, Sample
 from train.data.shards import GzipPart, Part, Raw, lines_parts, records_parts, rows_parts, turns
 from train.data.tar import row_sample, tar_parts
-from train.data.workers import keep_shared
+from train.data.workers import start_worker
 from train.recipe.sections import DataSection
 
 LANE = "lane"
@@ -162,7 +162,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         feed = self.feed
         info = get_worker_info()
-        keep_shared()
+        start_worker()
         # Workers are asked in turn from the first on; the reader due next must be the first.
         reader = (feed.next + (info.id if info is not None else 0)) % feed.readers
         for samples in feed.group(feed.lane(reader).samples()):
