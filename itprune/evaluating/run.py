@@ -106,10 +106,7 @@ class Evaluation:
             answers.fold()
         bad = self._bad()
         refuse_many(bad, len(self.parts.scored), self.settings.max_bad)
-        names = {record["id"] for record in bad}
-        counted = [sample for sample in self.parts.scored if sample.name not in names]
-        if not counted:
-            raise ValueError(f"task {self.task.name}: no question could be read")
+        counted = self._counted({record["id"] for record in bad})
         answered = [self._score(answers, counted) for answers in self.answers]
         items = [sample.item for sample in counted]
         run = Run(self._head(bad, counted), summarise(self.task, items, answered))
@@ -136,6 +133,15 @@ class Evaluation:
             found = answers.read()
             errors |= {name: record for name, record in found.items() if "error" in record}
         return [errors[s.name] for s in self.parts.scored if s.name in errors]
+
+    def _counted(self, bad: set[str]) -> list[Asked]:
+        """The questions of groups that could all be read."""
+        group, scored = self.task.group, self.parts.scored
+        broken = {group(sample.item) for sample in scored if sample.name in bad}
+        counted = [sample for sample in scored if group(sample.item) not in broken]
+        if not counted:
+            raise ValueError(f"task {self.task.name}: no question could be read")
+        return counted
 
     def _score(self, answers: Answers, counted: Sequence[Asked]) -> Answered:
         """Scores a case; its file then says what every answer is worth, in the task's order."""

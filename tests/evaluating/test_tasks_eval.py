@@ -68,3 +68,24 @@ def test_mme_is_told_in_points(data: Path, tmp_path: Path, right: str) -> None:
     assert run["items"] == 16
     assert 0 <= run["rows"][0]["value"] <= 200
     assert run["rows"][0]["figures"]["perception"] == run["rows"][0]["value"]
+
+
+def test_a_group_with_a_picture_nobody_can_read_is_left_out_whole(
+    data: Path, tmp_path: Path
+) -> None:
+    rows = ["index\tquestion\tA\tB\tanswer\timage"]
+    for index in range(4):
+        raw = (data.parent / f"{index}.png").read_bytes()
+        for turn, answer in enumerate("AB"):
+            cut = raw[:200] if (index, turn) == (2, 1) else raw
+            picture = base64.b64encode(cut).decode()
+            rows.append(f"{turn * 1_000_000 + index}\tWhich?\tone\ttwo\t{answer}\t{picture}")
+    file = tmp_path / "mmbench.tsv"
+    file.write_text("\n".join(rows) + "\n")
+    options = ("--calibration", "0", "--max-bad", "0.2")
+    run = evaluated("mmbench", file, tmp_path / "out", *options)
+    assert [one["id"] for one in run["bad"]] == ["1000002"]
+    assert run["items"] == 6
+    (said,) = (tmp_path / "out" / "answers").glob("*/dense.jsonl")
+    records = [json.loads(line) for line in said.read_text().splitlines()]
+    assert sorted(r["id"] for r in records if "score" not in r) == ["1000002", "2"]
