@@ -56,6 +56,12 @@ def test_none_can_be_the_right_answer(tmp_path: Path) -> None:
     assert task.items[0].facts["options"]["D"] == "None"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tsv(tmp_path / "a.tsv", row(1))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [item.id for item in read("mmbench", path).items] == ["1"]
+
+
 def circular(tmp_path: Path) -> Task:
     """Question 1 in three turns, question 11 in two."""
     rows = [
