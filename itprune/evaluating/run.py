@@ -172,6 +172,7 @@ class Evaluation:
             "run": self.run_name,
             "task": task.name,
             "metric": task.metric,
+            "share": task.share,
             "model": str(settings.model),
             "data": [str(path) for path in task.files],
             "options": dict(task.options),

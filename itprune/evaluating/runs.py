@@ -30,7 +30,7 @@ class Run:
     @property
     def percent(self) -> bool:
         """Whether its headline figure is a share; else it is points (MME's score)."""
-        return all(line["high"] <= 1 for line in self.lines if line["value"] is not None)
+        return bool(self.head["share"])
 
     @property
     def scale(self) -> float:

@@ -18,6 +18,7 @@ HEAD = {
     "run": "fingerprint of model, data and settings; answers/TASK-RUN holds the answers",
     "task": "the benchmark",
     "metric": "its headline figure",
+    "share": "whether that is a share, else points",
     "model": "the checkpoint",
     "data": "the files",
     "options": "of the task",

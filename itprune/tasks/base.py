@@ -63,6 +63,8 @@ class Task(ABC):
     """The files it reads, for messages and documents."""
     metric: str
     """The headline figure, a key of `total`."""
+    share: ClassVar[bool] = True
+    """The headline figure is a share in [0, 1]; else it is points."""
     prompt: ClassVar[str] = ""
     """The instruction when no option replaces it."""
     own_options: ClassVar[Mapping[str, str]] = {}

@@ -50,6 +50,7 @@ class MME(Task):
     name = "mme"
     needs = "the release's folder, or JSON lines or Parquet files with answers"
     metric = "mme_score"
+    share = False
     prompt = SHORT
 
     @classmethod

@@ -173,8 +173,8 @@ def test_seeds_are_joined_and_all_is_set_against_dense() -> None:
 
 # ------------------------------------------------------------------------------------ files
 HEAD = {
-    "run": "0123", "task": "plain", "metric": "accuracy", "model": "m", "data": ["d.json"],
-    "items": 4, "bad": [{"id": "x", "error": "sample x:\nunreadable | image"}], "calibration": 1,
+    "run": "0123", "task": "plain", "metric": "accuracy", "share": True, "model": "m",
+    "data": ["d.json"], "items": 4, "bad": [{"id": "x", "error": "sample x:\nunreadable | image"}], "calibration": 1,
     "draws": 2000, "batch_size": 4, "versions": {"torch": "2"},
     "machine": {"device": "cpu", "processor": "p"},
 }  # fmt: skip
@@ -204,7 +204,7 @@ def test_tables_say_all_and_survive_odd_names(tmp_path: Path) -> None:
 
 def test_points_are_no_percentage(tmp_path: Path) -> None:
     task, items = make(Points, ["a1", "a2", "b1", "b2"])
-    run = Run({**HEAD, "metric": "points"}, lines_of(task, items))
+    run = Run({**HEAD, "metric": "points", "share": False}, lines_of(task, items))
     assert not run.percent
     text = "\n".join(section(run))
     assert "| points" in text
