@@ -174,7 +174,8 @@ def test_seeds_are_joined_and_all_is_set_against_dense() -> None:
 # ------------------------------------------------------------------------------------ files
 HEAD = {
     "run": "0123", "task": "plain", "metric": "accuracy", "share": True, "model": "m",
-    "data": ["d.json"], "items": 4, "bad": [{"id": "x", "error": "sample x:\nunreadable | image"}], "calibration": 1,
+    "data": ["d.json"], "items": 4, "calibration": 1,
+    "bad": [{"id": "x", "error": "sample x:\nunreadable | image"}],
     "draws": 2000, "batch_size": 4, "versions": {"torch": "2"},
     "machine": {"device": "cpu", "processor": "p"},
 }  # fmt: skip
