@@ -162,13 +162,33 @@ def test_answers_are_timed_in_turns_on_the_tokens_that_stay(small: str, tmp_path
                str(tmp_path / "eval.json")) == 0  # fmt: skip
     record = json.loads((tmp_path / "eval.json").read_text())
     rows = {row["variant"]: row for row in record["rows"]}
-    assert set(rows) == {"dense", "pruned_padded", "pruned_packed", "two_stage_packed"}
+    assert set(rows) == {"dense", "pruned_padded", "pruned_packed", "two_stage_packed", "bare"}
     assert rows["dense"]["speedup"] == rows["dense"]["visual_layer_average"] == 1.0
+    assert rows["bare"]["flop_speedup"] == 1.0
     assert rows["pruned_padded"]["visual_layer_average"] < 0.5
     assert all(math.isfinite(n) and n > 0 for row in rows.values() for n in numbers(row))
     assert "answers/s" in capsys.readouterr().out
     with torch.no_grad():
-        assert len(bench_eval("small", 1, 1, new_tokens=2)["rows"]) == 4
+        assert len(bench_eval("small", 1, 1, new_tokens=2)["rows"]) == 5
+
+
+@pytest.mark.parametrize("name", ["tiny", "next-like"])
+def test_several_questions_share_their_picture(name: str, monkeypatch) -> None:
+    """Dense and pruned alike: only the bare model runs its tower for every question."""
+    monkeypatch.setitem(SHAPES, "small", SMALL_SHAPES[name])
+    alone, shared = (
+        {r["variant"]: r for r in bench_eval("small", 4, 1, questions=n)["rows"]} for n in (1, 2)
+    )
+    assert shared["bare"]["flop_speedup"] < 1.0 == alone["bare"]["flop_speedup"]
+    assert shared["pruned_packed"]["flop_speedup"] > alone["pruned_packed"]["flop_speedup"]
+
+
+def test_pictures_in_one_sequence_cannot_be_shared(monkeypatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", SMALL_SHAPES["qwen2.5-vl-like"])
+    with pytest.raises(ValueError, match="takes all pictures in one sequence"):
+        bench_eval("small", 2, 1, questions=2)
+    with pytest.raises(ValueError, match="belongs to `itprune bench eval`"):
+        run("train", "--shape", "small", "--questions", "2")
 
 
 def test_methods_that_need_no_training_are_measured_beside_the_controls() -> None:

@@ -87,7 +87,10 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
             f"{record['parameters']['all'] / 1e6:.1f} M parameters; memory: {record['memory']}"
         )
     if record["bench"] == "eval":
-        lines.append(f"{record['new_tokens']} new tokens an answer, by `generate`")
+        lines.append(
+            f"{record['questions']} question(s) about each picture, {record['new_tokens']} new "
+            "tokens an answer, by `generate`"
+        )
     pruned = next((r for r in record["rows"] if r["variant"] == "pruned_packed"), None)
     if pruned is not None:
         counts = " ".join(map(str, pruned["visual_stage1"]))

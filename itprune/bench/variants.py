@@ -73,6 +73,12 @@ def infer_variants(shape: Shape, keep: float) -> list[Variant]:
     ]
 
 
+def eval_variants(shape: Shape, keep: float) -> list[Variant]:
+    """Of an evaluation's bench: dense as `itprune eval` runs it first, the bare model last."""
+    bare, *pruned = infer_variants(shape, keep)
+    return [Variant("dense", PruneConfig(keep=1.0)), *pruned, Variant("bare", bare.config)]
+
+
 def _one_stage(keep: float, layout: str) -> PruneConfig:
     return PruneConfig(keep=keep, layout=layout, options={"stage2": None})
 

@@ -48,6 +48,13 @@ def add_parser(subparsers: Any) -> None:
         help="bench methods: entries as `itprune compare` takes them, dense and the controls are "
         "always there; default: all that need no training",
     )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="bench eval: questions about each picture of a batch; default 1",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
     parser.set_defaults(run=run)
 
@@ -61,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from itprune.bench import bench_eval, bench_infer, bench_methods, bench_train
     from itprune.bench.table import render
 
-    for name in ("batch", "repeats", "threads"):
+    for name in ("batch", "repeats", "threads", "questions"):
         value = vars(args)[name]
         if value is not None and value < 1:
             raise ValueError(f"--{name}: must be at least 1, got {value}")
@@ -69,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--json: there is no folder {args.json.parent}")
     if args.methods and args.what != "methods":
         raise ValueError(f"--methods: belongs to `itprune bench methods`, not to {args.what}")
+    if args.questions > 1 and args.what != "eval":
+        raise ValueError(f"--questions: belongs to `itprune bench eval`, not to {args.what}")
     common = {
         "shape": args.shape,
         "repeats": args.repeats,
@@ -81,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "methods":
         record = bench_methods(batch=args.batch, names=args.methods, **common)
     elif args.what == "eval":
-        record = bench_eval(batch=args.batch, **common)
+        record = bench_eval(batch=args.batch, questions=args.questions, **common)
     else:
         record = bench_infer(batches=(args.batch,) if args.batch else None, **common)
     print(render(record))

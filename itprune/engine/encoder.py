@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from itprune.engine.question import Question
+from itprune.engine.repeats import Repeats
 from itprune.families.base import Family
 from itprune.methods.base import Method
 from itprune.tokens import Images, Kept
@@ -61,6 +62,8 @@ class EncoderPass(ABC):
     """(S, W) what was handed out meanwhile, by a pass that waits for the question."""
     open: bool = True
     """False behind the encoder, so that blocks recomputed under checkpointing are not heard."""
+    repeats: Repeats | None = None
+    """Of the tower's call under way."""
 
     def wants(self, block: int) -> bool:
         """Whether a block is to be listened to."""
@@ -116,6 +119,13 @@ class EncoderPass(ABC):
         return Kept(keep, torch.where(beside[:, None], images.features, kept.features))
 
     # ------------------------------------------------------------------------ listening
+    def every_row(self, heard: Tensor) -> Tensor:
+        """What is heard in the tower, (u, …), for all its pictures, (n, …)."""
+        repeats = self.repeats
+        if repeats is None or len(heard) != len(repeats.first):  # a mask may be one for all
+            return heard
+        return heard[repeats.rows]
+
     @abstractmethod
     def tap_kwargs(self, block: int) -> dict[str, Any]:
         """What is handed to a block's attention, so that its kernel gives its q and k away."""
@@ -139,11 +149,16 @@ class EncoderHooks(ABC, Generic[Pass]):
         self.asker = asker
         self.current: Pass | None = None
         self.waiting: dict[str, Pass] = {}
+        self.repeats: Repeats | None = None
         self.handles: list[RemovableHandle] = []
 
     def install(self) -> None:
-        """Puts the hooks there."""
+        """Puts the hooks there; those on the tower's call stand behind a subclass's own."""
         family = self.asker.family
+        self.handles += [
+            family.tower.register_forward_pre_hook(self._show_once, with_kwargs=True),
+            family.tower.register_forward_hook(self._lay_out),
+        ]
         for index, block in enumerate(family.blocks):
             tap = functools.partial(self._before_attention, index)
             attention = family.block_attention(block)
@@ -163,6 +178,21 @@ class EncoderHooks(ABC, Generic[Pass]):
         """Whether there is anything to do before the LLM."""
         method = self.asker.method
         return not method.idle and method.acts_before_llm
+
+    def _show_once(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.repeats = Repeats.among(pixels_of(args, kwargs), (*args, *kwargs.values()))
+        if self.current is not None:
+            self.current.repeats = self.repeats
+        if self.repeats is None:
+            return None
+        once = self.repeats.once
+        return tuple(map(once, args)), {name: once(value) for name, value in kwargs.items()}
+
+    def _lay_out(self, tower: nn.Module, args: Any, output: Any) -> Any:
+        repeats, self.repeats = self.repeats, None
+        if self.current is not None:
+            self.current.repeats = None
+        return None if repeats is None else repeats.again(output)
 
     def _before_attention(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or not self.current.wants(index):
@@ -207,6 +237,11 @@ def _answer_late(vision: EncoderPass | None, output: Any, question: Question) ->
         )
     vision.question = question.every(step)
     output.pooler_output = like(output.pooler_output, vision.late_features()[index])
+
+
+def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The pixel argument of a tower call."""
+    return args[0] if args else kwargs["pixel_values"]
 
 
 def flat_features(pooled: Any) -> Tensor:

@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from itprune.engine.attention import KEYWORD, AttentionCall
-from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass, flat_features, like
-from itprune.engine.patches import pixels_of
+from itprune.engine.encoder import (
+    Asker,
+    EncoderHooks,
+    EncoderPass,
+    flat_features,
+    like,
+    pixels_of,
+)
 from itprune.families.base import TokenFamily
 from itprune.geometry import Geometry
 from itprune.ragged import group_sizes
@@ -52,6 +58,7 @@ class TokenPass(EncoderPass):
     def tap_kwargs(self, block: int) -> dict[str, Any]:
         def tap(query: Tensor, key: Tensor, scale: float) -> None:
             if self.open:
+                query, key = self.every_row(query), self.every_row(key)
                 chunk = Block(query, key, scale, query.new_empty(0))
                 self.chunks.setdefault(block, []).append(chunk)
 
@@ -59,10 +66,11 @@ class TokenPass(EncoderPass):
 
     def note(self, block: int, name: str, value: Tensor | None) -> None:
         """Keeps one of: query, key (n, T, H d), mask (n, 1, T, T) of a block."""
-        self.heard.setdefault(block, {})[name] = None if value is None else value.detach()
+        heard = None if value is None else self.every_row(value.detach())
+        self.heard.setdefault(block, {})[name] = heard
 
     def block_output(self, block: int, output: Any) -> None:
-        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        hidden = self.every_row((output[0] if isinstance(output, tuple) else output).detach())
         parts = self.heard.pop(block, None)
         if parts is not None:
             self.chunks[block] = [self._block_of(parts, hidden)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from itprune.engine.attention import KEYWORD, AttentionCall
-from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass
+from itprune.engine.encoder import Asker, EncoderHooks, EncoderPass, pixels_of
 from itprune.families.base import PatchFamily
 from itprune.tokens import Block, Images
 
@@ -72,8 +72,9 @@ class PatchPass(EncoderPass):
         return {KEYWORD: AttentionCall(tap=tap, isolated=isolated)}
 
     def block_output(self, block: int, output: Any) -> None:
-        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        hidden = self.every_row((output[0] if isinstance(output, tuple) else output).detach())
         query, key, scale = self.tapped.pop(block)
+        query, key = self.every_row(query), self.every_row(key)
         own = hidden.shape[1] - (0 if self.tokens is None else len(self.tokens))
         self.blocks[block] = Block(query[:, :, :own], key[:, :, :own], scale, hidden[:, :own])
 
@@ -170,12 +171,12 @@ class PatchHooks(EncoderHooks[PatchPass]):
         self._around_projector: list[RemovableHandle] = []
 
     def install(self) -> None:
-        super().install()
         family = self.family
         self.handles += [
             family.tower.register_forward_pre_hook(self._open, with_kwargs=True),
             family.embeddings.register_forward_hook(self._after_embeddings),
         ]
+        super().install()
         self._surround()
 
     def remove(self) -> None:
@@ -233,8 +234,3 @@ class PatchHooks(EncoderHooks[PatchPass]):
             self.waiting[vision.kind] = vision
             return None
         return vision.restore(output)
-
-
-def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The pixel argument of a tower call."""
-    return args[0] if args else kwargs["pixel_values"]

@@ -25,7 +25,7 @@ from itprune.comparing.data import Sample
 from itprune.comparing.entries import DENSE
 from itprune.comparing.subject import Subject
 from itprune.evaluating.answers import Answers, Record
-from itprune.evaluating.questions import Asked, Parts
+from itprune.evaluating.questions import Asked, Parts, by_picture
 from itprune.evaluating.settings import Team
 
 
@@ -49,7 +49,8 @@ class Share:
         return sum(len(batch) for batch in self._mine())
 
     def _mine(self) -> Iterator[Sequence[Asked]]:
-        for index, batch in enumerate(batches_of(self.parts.scored, self.how.batch_size)):
+        samples = by_picture(self.parts.scored)
+        for index, batch in enumerate(batches_of(samples, self.how.batch_size)):
             if index % self.team.size == self.team.rank:
                 yield batch
 

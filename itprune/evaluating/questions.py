@@ -71,6 +71,15 @@ def split(task: Task, limit: int | None, calibration: int, data: Path | None = N
     return Parts(_whole_groups(scored, limit), fitted)
 
 
+def by_picture(samples: Sequence[Asked]) -> list[Asked]:
+    """Questions about the same pictures side by side, where the tower sees these once a batch; the
+    pictures in the order in which they come up."""
+    together: dict[tuple[str, ...], list[Asked]] = {}
+    for sample in samples:
+        together.setdefault(tuple(image_names(sample.item.record)), []).append(sample)
+    return [sample for alike in together.values() for sample in alike]
+
+
 def _asked(task: Task, item: Item) -> Asked:
     names = tuple(dict.fromkeys(image_names(item.record)))
     group = task.group(item)

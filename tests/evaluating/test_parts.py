@@ -10,7 +10,7 @@ import pytest
 
 from itprune.comparing.entries import Case, Entry
 from itprune.evaluating.answers import Answers, file_name
-from itprune.evaluating.questions import split
+from itprune.evaluating.questions import by_picture, split
 from itprune.tasks.base import Item, Task
 
 
@@ -67,6 +67,13 @@ def test_a_limit_takes_whole_groups(pairs: Task, limit: int, count: int) -> None
     scored = [sample.item.id for sample in split(pairs, limit, 0).scored]
     assert len(scored) == count == 2 * len(groups(scored))
     assert scored == [item.id for item in pairs.items if item.id in set(scored)]
+
+
+def test_questions_about_a_picture_stand_side_by_side(pairs: Task) -> None:
+    """And otherwise keep their order."""
+    scored = split(pairs, None, 0).scored
+    assert by_picture(scored) == scored  # a picture each
+    assert by_picture([*scored, *scored]) == [one for one in scored for _ in range(2)]
 
 
 def test_data_to_calibrate_on_must_show_pictures(pairs: Task, tmp_path: Path) -> None:
