@@ -4,8 +4,8 @@
     a whole model       as it is
     shards only         ZeRO-1/2/3 and FSDP, put together first
 
-What comes out has safetensors under the names transformers gives the model, the processor, and
-pruner.json where there is one; nothing in it needs our code, DeepSpeed or PEFT.
+What comes out has safetensors under the names transformers or vLLM gives the model, the processor,
+and pruner.json where there is one; nothing in it needs our code, DeepSpeed or PEFT.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ from itprune.checkpoint import (
 )
 from itprune.shards import has_shards, read_shards
 from itprune.trained import NAME
+from itprune.vllm.folder import check_type, rename
 
+TRANSFORMERS, VLLM = READERS = ("transformers", "vllm")
+"""Whom a folder is for."""
 ADAPTER = "default"
 """PEFT's name for the only adapter."""
 RECIPE_FILE = "recipe.yaml"
@@ -102,6 +105,7 @@ def write_model(
     source: Path | None = None,
     parts: Mapping[str, Tensor] | None = None,
     max_shard_size: str | None = None,
+    to: str = TRANSFORMERS,
 ) -> None:
     """Writes an ordinary model folder and reads it back.
 
@@ -112,10 +116,15 @@ def write_model(
         source: the checkpoint whose pruner goes beside it; None: the folder has none.
         parts: the pruner's trained parts where `source` itself has no file of them.
         max_shard_size: of a file, such as 5GB; None: as transformers has it.
+        to: one of `READERS`: whose names the weights get.
 
     Raises:
-        ValueError: what was written is not what is in memory.
+        ValueError: what was written is not what is in memory, or a family that this reader is not
+            known to read.
     """
+    model_type = model.config.model_type
+    if to == VLLM:
+        check_type(model_type)
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
@@ -125,6 +134,8 @@ def write_model(
                 shutil.copyfile(source / name, folder / name)
         if parts and not (folder / PRUNER_WEIGHTS).exists():
             save_file({k: v.contiguous() for k, v in parts.items()}, folder / PRUNER_WEIGHTS)
+    if to == VLLM:
+        rename(folder, model_type)
     _check(folder, model)
 
 

@@ -51,6 +51,7 @@ def write_whole(
     dtype: str | None,
     dense: bool = False,
     max_shard_size: str | None = None,
+    to: str = "transformers",
 ) -> None:
     """Writes a checkpoint as an ordinary model folder, all of it or nothing.
 
@@ -60,6 +61,7 @@ def write_whole(
         dtype: one of `DTYPES`; None: the base's own.
         dense: leave the pruner out.
         max_shard_size: of a file; None: as transformers has it.
+        to: whom the folder is for: transformers, or vllm.
 
     Raises:
         ValueError: in one sentence.
@@ -67,10 +69,11 @@ def write_whole(
     with new_folder(output) as partial:
         from transformers.utils import logging
 
-        from itprune.card import base_of, history_of, write_card
+        from itprune.card import CARD_FILE, base_of, history_of, write_card
         from itprune.checkpoint import PRUNER_FILE
-        from itprune.export import read_model, write_model
+        from itprune.export import VLLM, read_model, write_model
         from itprune.inputs import load_processor
+        from itprune.vllm.folder import serving_section
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -78,7 +81,12 @@ def write_whole(
             processor = load_processor(folder)  # first: what it lacks is known before gigabytes
             model, parts = read_model(folder, None if dtype is None else dtype_of(dtype))
         source = None if dense else folder
-        write_model(partial, model, processor, source, parts, max_shard_size)
-        if (partial / PRUNER_FILE).exists():
+        write_model(partial, model, processor, source, parts, max_shard_size, to)
+        pruned = (partial / PRUNER_FILE).exists()
+        if pruned or to == VLLM:
             history = history_of(folder)
             write_card(partial, name=output.name, base=base_of(folder), history=history)
+        if to == VLLM:
+            section = serving_section(model.config.model_type, output.name, pruned)
+            with (partial / CARD_FILE).open("a", encoding="utf-8") as card:
+                card.write(f"\n{section}\n")

@@ -1,6 +1,6 @@
 """A plug-in for vLLM's servers: models that take a different number of image rows in each request.
 
-vLLM calls every function under the entry-point group `vllm.general_plugins` in each of its processes;
+vLLM calls what stands under the entry-point group `vllm.general_plugins` in each of its processes;
 pyproject.toml names `register` there. It adds architectures under names of their own and replaces
 none, so whoever does not ask for one of them gets vLLM's own classes:
 
@@ -19,7 +19,6 @@ RAGGED = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
-    "paligemma": "PaliGemmaForConditionalGeneration",
 }
 """Model type -> the architecture in its config.json, of families whose rows vLLM takes."""
 

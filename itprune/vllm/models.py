@@ -14,7 +14,6 @@ from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
-from vllm.model_executor.models.paligemma import PaliGemmaForConditionalGeneration
 
 
 class TakesRows:
@@ -56,7 +55,3 @@ class ItpruneLlavaOnevisionForConditionalGeneration(
 
 class ItpruneInternVLForConditionalGeneration(TakesRows, InternS1ForConditionalGeneration):
     """InternVL's "-hf" form, which vLLM runs with the class of InternS1."""
-
-
-class ItprunePaliGemmaForConditionalGeneration(TakesRows, PaliGemmaForConditionalGeneration):
-    """PaliGemma and PaliGemma 2."""
