@@ -18,7 +18,10 @@ ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/
 	tests/test_add_a_family.py tests/test_callers.py tests/test_inner_call.py \
 	tests/test_downsample.py tests/test_attention_received.py
 
-.PHONY: install quickstart test test-fast test-oldest lint types check clean
+# vLLM's CPU build (a package of its own, 3.5 GB) in an environment of its own.
+VLLM := .venv-vllm
+
+.PHONY: install quickstart test test-fast test-oldest test-vllm lint types check clean
 
 install: $(READY)
 
@@ -47,6 +50,13 @@ $(OLDEST)/.ready-$(TORCH): pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/.ready-$(TORCH)  ## the oracles with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup $(ORACLES)
 
+$(VLLM)/.ready: constraints-vllm.txt $(READY)
+	$(BIN)/python -m tests.vllm.environment $(VLLM)
+	touch $@
+
+test-vllm: $(VLLM)/.ready  ## every exported family in the real vLLM, and its servers asked at once
+	ITPRUNE_VLLM_ENV=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -n 0 tests/vllm
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +67,4 @@ types: $(READY)
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build outputs *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build outputs *.egg-info

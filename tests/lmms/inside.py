@@ -60,15 +60,15 @@ def make(folder: Path, work: Path) -> Inside:
     library = next((folder / "lib").glob("python*/site-packages"))
     lines = [f"import site; site.addsitedir({path!r})" for path in outer]
     (library / "outer.pth").write_text("\n".join(lines) + "\n")
-    status, told = _pip(inside, ["-r", str(PACKAGES)])
+    status, told = install(inside, ["-r", str(PACKAGES)])
     if status:
         pytest.skip(f"lmms-eval's packages cannot be had: {told}")
-    status, told = _pip(inside, ["--no-build-isolation", str(_source(work))])
+    status, told = install(inside, ["--no-build-isolation", str(copy_source(work))])
     assert status == 0, told
     return inside
 
 
-def _source(work: Path) -> Path:
+def copy_source(work: Path) -> Path:
     """A copy of what a wheel is made of: building leaves files behind."""
     copy = work / "source"
     copy.mkdir()
@@ -80,7 +80,7 @@ def _source(work: Path) -> Path:
     return copy
 
 
-def _pip(inside: Inside, words: Sequence[str]) -> tuple[int, str]:
+def install(inside: Inside, words: Sequence[str]) -> tuple[int, str]:
     """Installs packages, nothing they ask for: exit status, and the last line of what is told."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--python", inside.python, "install", "--quiet", "--no-deps",
