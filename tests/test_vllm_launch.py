@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.documented import documented
+
 ROOT = Path(__file__).resolve().parent.parent
 SCONTROL = """[[ "$*" == "show hostnames cluster[1-2]" ]] || exit 1
 printf '%s\\n' alpha beta"""
@@ -47,15 +49,21 @@ def test_a_node(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     named = "serve deployed --served-model-name deployed"
     assert done.stdout == f"vllm {named} --host 10.0.0.5 --port 8001 {OPTIONS} --dtype bfloat16\n"
-    assert "--host 127.0.0.1 --port 8000" in run(project, "node.sh", "deployed").stdout
+
+    (project / "outputs").mkdir()
+    (project / "deployed").rename(project / "outputs" / "deployed")
+    for command in documented("launch/vllm/node.sh"):
+        done = run(project, Path(command[0]).name, *command[1:])
+        assert done.stdout.split() == documented("vllm", "serve")[0], done.stderr
 
 
 def test_every_node_of_a_job_and_one_address_before_them(project: Path) -> None:
     os.mkfifo(project / "pipe")
-    done = run(project, "slurm.sh", "deployed", "--max-num-seqs", "64")
+    ((_, _, _, option, value),) = documented("sbatch", "launch/vllm/slurm.sh")
+    done = run(project, "slurm.sh", "deployed", option, value)
     assert done.returncode == 0, done.stderr
     node = (project / "first").read_text()
-    assert f"--host 0.0.0.0 --port 20007 {OPTIONS} --max-num-seqs 64" in node
+    assert f"--host 0.0.0.0 --port 20007 {OPTIONS} {option} {value}" in node
     addresses = "http://alpha:20007,http://beta:20007"
     front = f"itprune serve deployed --engine vllm --upstream {addresses} --port 8080"
     assert done.stdout.splitlines()[-1] == front

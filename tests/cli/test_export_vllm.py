@@ -1,10 +1,9 @@
-"""`itprune export --to vllm`, as far as it can be checked without vLLM; tests/vllm loads folders."""
+"""`itprune export --to vllm`, as far as it can be checked without vLLM; tests/vllm has the rest."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,12 @@ from itprune.checkpoint import PRUNER_WEIGHTS, PrunerRecord
 from itprune.cli import COMMANDS, main, make_parser
 from itprune.vllm import RAGGED, architecture
 from itprune.vllm.folder import ALIKE, INDEX, ROWS, WRAPPED, check_type, serving_section, vllm_name
+from tests.vllm.documented import commands, documented
 
 
 def export(folder: Path, output: Path, *options: str) -> None:
     words = ["export", str(folder), "--to", "vllm", "--output", str(output), *options]
     assert main(words) == 0
-
-
-def commands(text: str) -> list[list[str]]:
-    """The commands of a README's blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line for b in blocks for line in b.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line) for line in lines]
 
 
 def test_names_index_pruner_and_card(checkpoint: Path, tmp_path: Path) -> None:
@@ -118,10 +111,10 @@ def test_a_name_that_is_vllms_already_stays(checkpoint: Path, tmp_path: Path) ->
     assert main(["export", str(tmp_path / "once"), "--output", str(tmp_path / "odd")]) == 1
 
 
-@pytest.mark.skipif("serve" not in COMMANDS, reason="the command is not there yet")
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_our_own_commands_can_be_read(family: str) -> None:
     own = [c for c in commands(serving_section(family, "deployed", True)) if c[0] == "itprune"]
     assert own
-    for command in own:
-        make_parser().parse_args(command[1:])
+    for command in [*own, *documented("itprune")]:
+        if command[1] in COMMANDS:
+            make_parser().parse_args(command[1:])

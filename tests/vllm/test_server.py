@@ -16,7 +16,8 @@ from torch import Tensor
 
 from itprune import PromptFormat, PruneConfig, attach, load_pretrained, save_pretrained
 from itprune.cli import main
-from tests.lmms.inside import Inside
+from tests.lmms.inside import ROOT, Inside
+from tests.vllm.documented import documented
 from tests.vllm.models import QUESTION, build, pictures
 from tests.vllm.server import SMALL, TOKENS, Server, at_once, free_port, serving, written
 
@@ -95,26 +96,12 @@ def asked(exported: Path) -> Asked:
     return asked
 
 
-def command(exported: Path, port: int, *options: str) -> list[str]:
-    name = exported.name
-    return [
-        "vllm",
-        "serve",
-        name,
-        "--served-model-name",
-        name,
-        "--port",
-        str(port),
-        *SMALL,
-        *options,
-    ]
-
-
 @pytest.fixture(scope="module")
 def stock(vllm: Inside, exported: Path) -> Iterator[Server]:
-    """vLLM's own class, while the plug-in is installed and not asked for."""
+    """vLLM's own class, by the documented script; the plug-in is installed and not asked for."""
     port = free_port()
-    words = command(exported, port, "--enable-prompt-embeds", "--enable-mm-embeds")
+    ((script, _),) = documented("launch/vllm/node.sh")
+    words = ["env", f"PORT={port}", str(ROOT / script), exported.name, *SMALL]
     with serving(vllm, words, exported.name, port) as server:
         yield server
 
@@ -167,8 +154,9 @@ def test_a_plugin_that_is_not_asked_for_changes_nothing(stock: Server, asked: As
 
 def test_our_class_takes_images_of_any_counts(vllm: Inside, exported: Path, asked: Asked) -> None:
     port = free_port()
-    override = '{"architectures": ["ItpruneLlavaForConditionalGeneration"]}'
-    words = command(exported, port, "--enable-mm-embeds", "--hf-overrides", override)
+    (_, words) = documented("vllm", "serve")
+    words[words.index("outputs/deployed")] = exported.name
+    words += ["--served-model-name", exported.name, "--port", str(port), *SMALL]
     with serving(vllm, words, exported.name, port) as server:
 
         def ask(rows: list[Tensor]) -> list[int]:
