@@ -49,7 +49,7 @@ vllm serve {name} --served-model-name {name} --enable-prompt-embeds --enable-mm-
 and before it, or before all of them (addresses joined by commas), what users talk to:
 
 ```bash
-itprune serve {name} --engine vllm --upstream http://127.0.0.1:8000
+itprune serve {name} --engine vllm --upstream http://127.0.0.1:8000 --port 8080
 ```
 """
 RAGGED_ROWS = """\

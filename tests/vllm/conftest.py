@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.lmms.inside import Inside
+from itprune import PromptFormat, PruneConfig, attach, load_pretrained, save_pretrained
+from itprune.cli import main
+from tests.lmms.inside import ROOT, Inside
+from tests.vllm.documented import documented
 from tests.vllm.environment import VARIABLES, environment
+from tests.vllm.models import build
+from tests.vllm.server import SMALL, Server, free_port, serving
 
 
 @pytest.fixture(scope="package")
@@ -22,3 +27,26 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
 
 def _work(factory: pytest.TempPathFactory) -> Path:
     return factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="package")
+def exported(vllm: Inside) -> Path:
+    """A pruned checkpoint, exported by the command."""
+    build("llava", vllm.work / "base")
+    loaded = load_pretrained(vllm.work / "base", device="cpu")
+    prompt = PromptFormat.from_processor(loaded.processor)
+    attached = attach(loaded.model, PruneConfig(keep=None), prompt=prompt)
+    save_pretrained(vllm.work / "run", loaded.model, loaded.processor, attached)
+    words = ["export", str(vllm.work / "run"), "--to", "vllm", "--dtype", "float32"]
+    assert main(words) == 0
+    return vllm.work / "run-vllm"
+
+
+@pytest.fixture(scope="package")
+def stock(vllm: Inside, exported: Path) -> Iterator[Server]:
+    """vLLM's own class, by the documented script; the plug-in is installed and not asked for."""
+    port = free_port()
+    ((script, _),) = documented("launch/vllm/node.sh")
+    words = ["env", f"PORT={port}", str(ROOT / script), exported.name, *SMALL]
+    with serving(vllm, words, exported.name, port) as server:
+        yield server

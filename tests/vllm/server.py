@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests.lmms.inside import Inside
@@ -47,11 +48,12 @@ class Server:
     model: str
 
     def ask(self, path: str, **body: Any) -> tuple[int, Any]:
-        """Status and answer of one request, of `TOKENS` greedy tokens."""
+        """Status and answer of one request, of `TOKENS` greedy tokens; None leaves a field out."""
         given = {
             "model": self.model, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
             "return_token_ids": True, **body,
         }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
         request = urllib.request.Request(
             self.url + path, json.dumps(given).encode(), {"Content-Type": "application/json"}
         )
@@ -88,6 +90,24 @@ def written(rows: Tensor) -> str:
     buffer = io.BytesIO()
     torch.save(rows.contiguous(), buffer)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def image(rows: Tensor) -> dict[str, str]:
+    """A part of a message: rows of an image."""
+    return {"type": "image_embeds", "image_embeds": written(rows)}
+
+
+def text(words: str) -> dict[str, str]:
+    """A part of a message."""
+    return {"type": "text", "text": words}
+
+
+def shown(picture: Image.Image) -> Any:
+    """A part of a message: pixels."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": address}}
 
 
 @contextmanager

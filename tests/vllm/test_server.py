@@ -3,9 +3,6 @@ does; each request is new to the server, and all are under way together."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itprune import PromptFormat, PruneConfig, attach, load_pretrained, save_pretrained
-from itprune.cli import main
-from tests.lmms.inside import ROOT, Inside
+from itprune import load_pretrained
+from tests.lmms.inside import Inside
 from tests.vllm.documented import documented
-from tests.vllm.models import QUESTION, build, pictures
-from tests.vllm.server import SMALL, TOKENS, Server, at_once, free_port, serving, written
+from tests.vllm.models import QUESTION, pictures
+from tests.vllm.server import (
+    SMALL,
+    TOKENS,
+    Server,
+    at_once,
+    free_port,
+    image,
+    serving,
+    shown,
+    text,
+    written,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 REQUESTS = 24
@@ -50,10 +57,9 @@ class Asked:
         with torch.no_grad():
             embedded = self.model.get_input_embeddings()(ids)
         parts, start = [], 0
-        for place, image in zip(
-            (ids == self.processor.image_token_id).nonzero(), rows, strict=True
-        ):
-            parts += [embedded[start:place], image]
+        places = (ids == self.processor.image_token_id).nonzero()[:, 0]
+        for place, kept in zip(places, rows, strict=True):
+            parts += [embedded[start:place], kept]
             start = int(place) + 1
         return torch.cat([*parts, embedded[start:]])
 
@@ -76,49 +82,11 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def exported(vllm: Inside) -> Path:
-    """A pruned checkpoint, exported by the command."""
-    build("llava", vllm.work / "base")
-    loaded = load_pretrained(vllm.work / "base", device="cpu")
-    prompt = PromptFormat.from_processor(loaded.processor)
-    attached = attach(loaded.model, PruneConfig(keep=None), prompt=prompt)
-    save_pretrained(vllm.work / "run", loaded.model, loaded.processor, attached)
-    words = ["export", str(vllm.work / "run"), "--to", "vllm", "--dtype", "float32"]
-    assert main(words) == 0
-    return vllm.work / "run-vllm"
-
-
-@pytest.fixture(scope="module")
 def asked(exported: Path) -> Asked:
     asked = Asked(exported)
     assert len(asked.rows) == REQUESTS
     assert len({len(rows) for rows in asked.rows}) > 3
     return asked
-
-
-@pytest.fixture(scope="module")
-def stock(vllm: Inside, exported: Path) -> Iterator[Server]:
-    """vLLM's own class, by the documented script; the plug-in is installed and not asked for."""
-    port = free_port()
-    ((script, _),) = documented("launch/vllm/node.sh")
-    words = ["env", f"PORT={port}", str(ROOT / script), exported.name, *SMALL]
-    with serving(vllm, words, exported.name, port) as server:
-        yield server
-
-
-def image(rows: Tensor) -> dict[str, str]:
-    return {"type": "image_embeds", "image_embeds": written(rows)}
-
-
-def text(words: str) -> dict[str, str]:
-    return {"type": "text", "text": words}
-
-
-def shown(picture: Image.Image) -> Any:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": address}}
 
 
 def test_vllms_own_class_takes_whole_prompts_of_any_counts(stock: Server, asked: Asked) -> None:

@@ -1,0 +1,81 @@
+"""Our endpoint and our command before a real vLLM server answer as the pruned model itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itprune.cli import main
+from itprune.question import Question
+from tests.lmms.inside import Inside
+from tests.serving.reference import Reference
+from tests.vllm.documented import documented
+from tests.vllm.models import QUESTION, pictures
+from tests.vllm.server import TOKENS, Server, at_once, free_port, serving, shown, text
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+REQUESTS = 24
+
+
+@pytest.fixture(scope="module")
+def asked(exported: Path) -> list[tuple[Question, str]]:
+    """Questions about no, one and two pictures, and what the pruned model says by itself."""
+    seen = pictures(31, 11)
+    shared = [
+        [],
+        *([picture] for picture in seen[:15]),
+        *zip(seen[15::2], seen[16::2], strict=False),
+    ]
+    questions = [Question.from_prompt(QUESTION, list(some)) for some in shared[:REQUESTS]]
+    own = Reference(exported, None)
+    return [(question, own.answer(question, TOKENS).answer) for question in questions]
+
+
+def test_the_endpoint(
+    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
+) -> None:
+    port = free_port()
+    ((_, *words),) = documented("itprune", "serve")
+    words[words.index("outputs/deployed")] = str(exported)
+    words[words.index("--upstream") + 1] = stock.url
+    words += ["--port", str(port)]
+    command = [sys.executable, "-m", "itprune.cli", *words]
+    with serving(vllm, command, exported.name, port) as server:
+
+        def ask(one: tuple[Question, str]) -> Any:
+            content = [*map(shown, one[0].images), text(QUESTION)]
+            status, answer = server.ask(
+                "/v1/chat/completions",
+                messages=[{"role": "user", "content": content}],
+                ignore_eos=None,
+                return_token_ids=None,
+            )
+            assert status == 200, answer
+            return answer["choices"][0]["message"]["content"]
+
+        assert at_once(ask, asked) == [answer for _, answer in asked]
+
+
+def test_a_file_of_questions(
+    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
+) -> None:
+    lines = []
+    for number, (question, _) in enumerate(asked):
+        names = [f"{number}-{place}.png" for place in range(len(question.images))]
+        for name, picture in zip(names, question.images, strict=True):
+            picture.save(vllm.work / name)
+        lines.append(json.dumps({"prompt": QUESTION, "images": names}))
+    (vllm.work / "in.jsonl").write_text("\n".join(lines) + "\n")
+    ((_, *words),) = documented("itprune", "encode")
+    here = {"outputs/deployed": str(exported), "in.jsonl": str(vllm.work / "in.jsonl")}
+    here["out.jsonl"] = str(vllm.work / "out.jsonl")
+    words = [here.get(word, word) for word in words]
+    words[words.index("--upstream") + 1] = stock.url
+    assert main([*words, "--max-new-tokens", str(TOKENS), "--quiet"]) == 0
+    told = [json.loads(line) for line in (vllm.work / "out.jsonl").read_text().splitlines()]
+    told.sort(key=lambda line: line["line"])
+    assert [line["answer"] for line in told] == [answer for _, answer in asked]
