@@ -9,11 +9,10 @@ import pytest
 
 from itprune import PromptFormat, PruneConfig, attach, load_pretrained, save_pretrained
 from itprune.cli import main
-from tests.lmms.inside import ROOT, Inside
-from tests.vllm.documented import documented
+from tests.lmms.inside import Inside
 from tests.vllm.environment import VARIABLES, environment
 from tests.vllm.models import build
-from tests.vllm.server import SMALL, Server, free_port, serving
+from tests.vllm.server import Server, node
 
 
 @pytest.fixture(scope="package")
@@ -45,8 +44,5 @@ def exported(vllm: Inside) -> Path:
 @pytest.fixture(scope="package")
 def stock(vllm: Inside, exported: Path) -> Iterator[Server]:
     """vLLM's own class, by the documented script; the plug-in is installed and not asked for."""
-    port = free_port()
-    ((script, _),) = documented("launch/vllm/node.sh")
-    words = ["env", f"PORT={port}", str(ROOT / script), exported.name, *SMALL]
-    with serving(vllm, words, exported.name, port) as server:
+    with node(vllm, exported) as server:
         yield server

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from torch import Tensor
 
+from itprune.checkpoint import PRUNER_WEIGHTS
 from itprune.cli import main as itprune
 from itprune.vllm import RAGGED, architecture
 from itprune.vllm.folder import ROWS
@@ -111,9 +113,12 @@ class Compared:
 def main(name: str) -> None:
     made, folder = Path(f"{name}-made"), Path(name)
     build(name, made)
+    # A method's own weights lie beside the model's, which vLLM is not to mix up.
+    save_file({"weight": torch.ones(3)}, made / PRUNER_WEIGHTS)
     words = ["export", str(made), "--to", "vllm", "--output", name, "--dtype", "float32"]
     assert itprune(words) == 0
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is enough
+    assert (folder / PRUNER_WEIGHTS).exists()
     compared = Compared(name, folder)
     found: dict[str, Any] = {"architecture": compared.vllm.model_config.architecture}
     found["pixels"] = compared.pixels()

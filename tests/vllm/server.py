@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.lmms.inside import Inside
+from tests.lmms.inside import ROOT, Inside
+from tests.vllm.documented import documented
 
 T = TypeVar("T")
+R = TypeVar("R")
 SMALL = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16",
     "--limit-mm-per-prompt", '{"image": 2}', "--host", "127.0.0.1",
@@ -79,7 +81,7 @@ class Server:
         return ids
 
 
-def at_once(ask: Callable[[T], list[int]], given: Sequence[T]) -> list[list[int]]:
+def at_once(ask: Callable[[T], R], given: Sequence[T]) -> list[R]:
     """Answers to requests that are all under way together."""
     with ThreadPoolExecutor(len(given)) as threads:
         return list(threads.map(ask, given))
@@ -133,6 +135,16 @@ def serving(inside: Inside, command: Sequence[str], model: str, port: int) -> It
         yield Server(url, process, model)
     finally:
         end(process)
+
+
+@contextmanager
+def node(inside: Inside, exported: Path) -> Iterator[Server]:
+    """vLLM's own class on a folder, by the documented script."""
+    port = free_port()
+    ((script, _),) = documented("launch/vllm/node.sh")
+    words = ["env", f"PORT={port}", str(ROOT / script), exported.name, *SMALL]
+    with serving(inside, words, exported.name, port) as server:
+        yield server
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: int = 180) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from tests.lmms.inside import Inside
 from tests.serving.reference import Reference
 from tests.vllm.documented import documented
 from tests.vllm.models import QUESTION, pictures
-from tests.vllm.server import TOKENS, Server, at_once, free_port, serving, shown, text
+from tests.vllm.server import TOKENS, Server, at_once, free_port, node, serving, shown, text
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 REQUESTS = 24
@@ -35,29 +38,52 @@ def asked(exported: Path) -> list[tuple[Question, str]]:
     return [(question, own.answer(question, TOKENS).answer) for question in questions]
 
 
-def test_the_endpoint(
-    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
-) -> None:
+@contextmanager
+def front(vllm: Inside, exported: Path, *upstream: Server) -> Iterator[Server]:
+    """Our endpoint before servers, by the documented command."""
     port = free_port()
     ((_, *words),) = documented("itprune", "serve")
     words[words.index("outputs/deployed")] = str(exported)
-    words[words.index("--upstream") + 1] = stock.url
+    words[words.index("--upstream") + 1] = ",".join(server.url for server in upstream)
     words += ["--port", str(port)]
     command = [sys.executable, "-m", "itprune.cli", *words]
     with serving(vllm, command, exported.name, port) as server:
+        yield server
 
-        def ask(one: tuple[Question, str]) -> Any:
-            content = [*map(shown, one[0].images), text(QUESTION)]
-            status, answer = server.ask(
-                "/v1/chat/completions",
-                messages=[{"role": "user", "content": content}],
-                ignore_eos=None,
-                return_token_ids=None,
-            )
-            assert status == 200, answer
-            return answer["choices"][0]["message"]["content"]
 
-        assert at_once(ask, asked) == [answer for _, answer in asked]
+def ask(server: Server, question: Question) -> str:
+    content = [*map(shown, question.images), text(QUESTION)]
+    status, answer = server.ask(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": content}],
+        ignore_eos=None,
+        return_token_ids=None,
+    )
+    assert status == 200, answer
+    said: str = answer["choices"][0]["message"]["content"]
+    return said
+
+
+def test_the_endpoint(
+    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
+) -> None:
+    with front(vllm, exported, stock) as server:
+        said = at_once(lambda one: ask(server, one[0]), asked)
+    assert said == [answer for _, answer in asked]
+
+
+def test_a_server_that_is_killed_takes_no_request_with_it(
+    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
+) -> None:
+    with node(vllm, exported) as second, front(vllm, exported, stock, second) as server:
+
+        def one(number: int) -> str:
+            if number == len(asked) // 2:
+                os.killpg(second.process.pid, signal.SIGKILL)
+            return ask(server, asked[number][0])
+
+        said = at_once(one, range(len(asked)))
+    assert said == [answer for _, answer in asked]
 
 
 def test_a_file_of_questions(
