@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from itprune.config import PruneConfig
 from itprune.inputs import bad_config, load_processor
 from itprune.prompt import PromptFormat
 from itprune.trained import is_trained
+from itprune.writing import replace_text
 
 FORMAT = 1
 PRUNER_FILE = "pruner.json"
@@ -91,9 +91,7 @@ class PrunerRecord:
     def write(self, folder: Path) -> None:
         """Replaces pruner.json in one step, so a crash leaves the old one."""
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{PRUNER_FILE}.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(partial, folder / PRUNER_FILE)
+        replace_text(folder / PRUNER_FILE, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def save_pruner(

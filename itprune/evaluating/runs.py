@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itprune.evaluating.answers import replace_text
 from itprune.evaluating.summary import Line, place
+from itprune.writing import replace_text
 
 ANSWERS = "answers"
 SUMMARY = "summary.json"
