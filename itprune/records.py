@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ def read_records(data: Path) -> list[Any]:
     if not records:
         raise ValueError(f"{data}: holds no samples")
     return records
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's images; a value that is no text is left to `Question`."""
+    given = record.get("images") or record.get("image") or []
+    names = list(given) if isinstance(given, list) else [given]
+    turns = record.get("messages") or []
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        parts = content if isinstance(content, list) else []
+        names += [
+            part.get("path", part.get("image"))
+            for part in parts
+            if isinstance(part, Mapping) and part.get("type") == "image"
+        ]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _list(data: Path, text: str) -> list[Any]:
