@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from itprune.cli.loading import add_model_options, check_options, load
+from itprune.cli.loading import add_model_options, check_least, check_options, load
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -160,8 +160,7 @@ def check_file_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: must be at least 1, got {args.batch_size}")
+    check_least(args, batch_size=1)
     check_options(args)
 
 

@@ -99,6 +99,23 @@ def numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     return found
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small.
+
+    Args:
+        args: the options.
+        least: name of an option -> the least it may be; None is always right.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for name, low in least.items():
+        value = vars(args)[name]
+        if value is not None and value < low:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: must be at least {low}, got {value}")
+
+
 @contextmanager
 def one_sentence(folder: Path) -> Iterator[None]:
     """What transformers, PEFT and others say about a folder that cannot be loaded, in one line."""
