@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from itprune.options import nearest
-from itprune.records import read_records
+from itprune.records import read_records, read_text
 from itprune.tasks import register_task
 from itprune.tasks.base import (
     SCORE,
@@ -180,11 +180,7 @@ def _folder(root: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 def _lines(text: Path) -> Iterable[tuple[str, str, str]]:
     """Where it stands, question and answer of each line."""
-    try:
-        lines = text.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"{text}: cannot be read as UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(text).splitlines(), 1):
         if line.strip():
             question, tab, answer = line.strip().partition("\t")
             if not tab:

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from itprune.comparing.data import references
 from itprune.options import check_choice, nearest
+from itprune.records import read_json
 from itprune.tasks import register_task
 from itprune.tasks.base import LETTER, SCORE, Item, Task
-from itprune.tasks.files import as_list, as_mapping, no_answer, read_json, text_of
+from itprune.tasks.files import as_list, as_mapping, no_answer, text_of
 from itprune.tasks.letters import stated_letter
 from itprune.tasks.prompts import with_instruction, with_options
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from itprune.options import check_choice
+from itprune.records import read_json
 from itprune.tasks import register_task
 from itprune.tasks.base import SCORE, SHORT, Item, Task
-from itprune.tasks.files import as_list, as_mapping, no_answer, read_json, text_of
+from itprune.tasks.files import as_list, as_mapping, no_answer, text_of
 from itprune.tasks.vqa_text import normalise, normalise_read, soft_accuracy
 
 NAMES = ("coco2014", "coco2017")

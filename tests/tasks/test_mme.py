@@ -135,7 +135,7 @@ def test_errors_of_the_folder(tmp_path: Path) -> None:
     (root / "count" / "1.txt").write_text("One? Yes\n")
     refused("mme", root, "1.txt:1: must be a question, a tab and an answer")
     (root / "count" / "1.txt").write_bytes(b"\xff\tYes\n")
-    refused("mme", root, "cannot be read as UTF-8 text")
+    refused("mme", root, "not UTF-8 text")
     (root / "count" / "1.txt").write_text("One?\tYes\n")
     (root / "count" / "1.jpg").unlink()
     refused("mme", root, "has no picture 1.jpg or .png")
