@@ -40,6 +40,8 @@ CATEGORIES = (*PERCEPTION, *COGNITION)
 PUT = "Please answer yes or no."
 """How MME's questions end; the instruction takes its place."""
 READ = 4
+"""Letters of an answer that count."""
+PAIR = 2
 ENDINGS = (".jpg", ".png", ".jpeg")
 
 
@@ -70,6 +72,12 @@ class MME(Task):
                 item = self._item(where, entry, asked)
                 asked[item.facts["picture"]] += 1
                 yield item
+        for name, count in asked.items():
+            if count != PAIR:
+                raise ValueError(
+                    f"{self.files[0]}: MME asks {PAIR} questions about a picture, but {name!r} has "
+                    f"{count}; both must have its name as `question_id`, or stand in its text"
+                )
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
         return {SCORE: float(said(answer) == item.references[0])}

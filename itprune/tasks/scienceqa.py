@@ -51,8 +51,12 @@ class ScienceQA(Task):
         for path, content in contents:
             if _is_splits(as_mapping(content, str(path))):
                 splits = content
-            else:
-                problems |= {str(name): (path, problem) for name, problem in content.items()}
+                continue
+            twice = sorted(problems.keys() & content.keys())
+            if twice:
+                other, _ = problems[twice[0]]
+                raise ValueError(f"{path}: problem {twice[0]!r} stands in {other} too")
+            problems |= {name: (path, problem) for name, problem in content.items()}
         yield from self._problems(problems, splits)
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
