@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from itprune.comparing.curves import looks_of, matplotlib_figure, panel
 from itprune.comparing.entries import Case, Entry
 from itprune.comparing.scoring import DRAWS, bounds, interval
 from itprune.evaluating.bootstrap import TOTALLED, Draws
@@ -215,6 +216,15 @@ def test_points_are_no_percentage(tmp_path: Path) -> None:
     draw_pareto([run], tmp_path / "pareto.png")
 
 
+def test_names_are_joined_to_the_points_furthest_right() -> None:
+    axis = matplotlib_figure()().subplots()
+    point = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    curves = {"m": [{**point, "per_s": 9.0}, {**point, "per_s": 5.0}]}
+    panel(axis, curves, looks_of(curves), {**point, "per_s": 2.0}, "per_s", "answers per second")
+    starts = [line.get_xdata()[0] for line in axis.lines if not line.get_clip_on()]
+    assert starts[0] == pytest.approx(9 / axis.get_xlim()[1])
+
+
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_pareto([Run(HEAD, [])], tmp_path / "pareto.png")
@@ -233,6 +243,8 @@ def test_later_lines_join_a_run_and_replace_their_like(tmp_path: Path) -> None:
     put_run(folder, Run({**HEAD, "items": 3}, lines[:1]))  # other questions count now
     (run,) = all_runs(tmp_path)
     assert [line["method"] for line in run.lines] == ["dense"]
-    (folder / "summary.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a summary of `itprune eval`"):
-        all_runs(tmp_path)
+    without = {name: value for name, value in run.to_dict().items() if name != "share"}
+    for other in ("[]", json.dumps(without)):
+        (folder / "summary.json").write_text(other)
+        with pytest.raises(ValueError, match="not a summary of `itprune eval`"):
+            all_runs(tmp_path)
