@@ -85,7 +85,7 @@ def _read(path: Path) -> Run | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         lines = values.pop("rows")
-        if not NEEDED <= values.keys():
+        if not values.keys() >= NEEDED:
             raise KeyError
         return Run(values, list(lines))
     except (ValueError, KeyError, TypeError, AttributeError):
