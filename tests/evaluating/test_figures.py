@@ -117,6 +117,29 @@ def test_a_mean_over_groups_is_drawn_by_groups() -> None:
     assert not draws.is_mean
     # Pairs that are right or wrong together leave only 0, a half and 1.
     assert set(draws.figures(scores(1, 1, 0, 0)).tolist()) == {0.0, 0.5, 1.0}
+    # A pair that is drawn twice counts twice: two thirds of three pairs can be one and the same.
+    task, items = make(Pairs, ["a1", "a2", "b1", "b2", "c1", "c2"])
+    thirds = {
+        round(3 * value) for value in Draws(task, items).figures(scores(1, 1, 0, 0, 0, 0)).tolist()
+    }
+    assert thirds == {0, 1, 2, 3}
+
+
+def test_the_difference_to_dense_is_paired() -> None:
+    task, items = make(Plain, [f"a{i}" for i in range(20)])
+    dense, other = scores(*[1.0, 0.0] * 10), scores(*[1.0, 0.0] * 9, 0.0, 0.0)
+    costs = costs_of([record(0.1)] * 20)
+    answered = [
+        Answered(case("dense", 1.0), costs, "s", dense),
+        Answered(case("visionzip", 0.2), costs, "s", dense),
+        Answered(case("uniform", 0.2), costs, "s", other),
+    ]
+    _, same, worse = summarise(task, items, answered)
+    assert (same["difference_low"], same["difference_high"]) == (0.0, 0.0)
+    # They differ in one question of twenty, which is drawn three times at most in 95 %.
+    assert worse["difference_high"] == 0.0
+    assert worse["difference_low"] == pytest.approx(-0.15)
+    assert worse["high"] - worse["low"] > 0.3
 
 
 # ------------------------------------------------------------------------------------ lines
