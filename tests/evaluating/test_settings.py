@@ -54,12 +54,13 @@ def test_options_of_the_task_count(tmp_path: Path) -> None:
 def test_references_count_where_the_question_does_not_hold_them(tmp_path: Path) -> None:
     """Most benchmarks keep right answers apart from what is asked."""
     picture(tmp_path / "1.jpg")
-    found = set()
+    (tmp_path / "model").mkdir()
+    settings, found = Settings(tmp_path / "model", tmp_path), set()
     for answer in ("yes", "no"):
         entry = {"imageId": "1", "question": "Is it?", "answer": answer, "types": {}}
         (tmp_path / "gqa.json").write_text(json.dumps({"1": entry}))
         task = find_task("gqa").read([tmp_path / "gqa.json"], tmp_path, {})
-        found.add(fingerprint(Settings(tmp_path, tmp_path), task, split(task, None, 0)))
+        found.add(fingerprint(settings, task, split(task, None, 0)))
     assert len(found) == 2
 
 
