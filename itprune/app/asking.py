@@ -71,7 +71,7 @@ def _ask(picture: bytes, fields: Mapping[str, str]) -> Ask:
         raise Refusal(422, f"the form lacks the field {missing[0]}")
     return Ask(
         picture=picture,
-        prompt=fields["prompt"],
+        prompt=fields["prompt"].replace("\r\n", "\n"),  # how browsers write a line break in forms
         method=fields["method"],
         keep=_number("keep", fields["keep"]),
         max_new_tokens=_whole("max_new_tokens", fields["max_new_tokens"]),

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from itprune.app.asking import Refusal, read_ask
 from itprune.app.guards import Guards
-from itprune.app.session import Event, Session
+from itprune.app.session import Ask, Event, Session
 from itprune.app.worker import END, Full, Job, Worker
 
 STATIC = {
@@ -78,17 +78,18 @@ class _Asker:
     def __init__(self, session: Session, worker: Worker) -> None:
         self.session, self.worker = session, worker
         self.decoders = asyncio.Semaphore(DECODERS)
+        self.uploads = 0
+        """Those that are being read or checked; each may hold `body_mb` of memory."""
 
     async def ask(self, request: Request) -> Response:
         """An upload in, events out as they come (text/event-stream)."""
-        if self.worker.full:  # before the upload is read
+        if self.worker.full or self.uploads >= self.worker.waiting:  # before the upload is read
             raise _busy()
-        ask = await read_ask(request, self.session.limits)
+        self.uploads += 1
         try:
-            async with self.decoders:
-                await run_in_threadpool(self.session.check, ask)
-        except ValueError as error:
-            raise Refusal(422, str(error)) from None
+            ask = await self._read(request)
+        finally:
+            self.uploads -= 1
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -102,6 +103,15 @@ class _Asker:
         except Full:
             raise _busy() from None
         return EventStream(events, lambda: self.worker.leave(job))
+
+    async def _read(self, request: Request) -> Ask:
+        ask = await read_ask(request, self.session.limits)
+        try:
+            async with self.decoders:
+                await run_in_threadpool(self.session.check, ask)
+        except ValueError as error:
+            raise Refusal(422, str(error)) from None
+        return ask
 
 
 class EventStream(StreamingResponse):

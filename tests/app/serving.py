@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from itprune.app.server import make_app
+from itprune.app.serving import configure
 from itprune.app.session import Session
 from itprune.app.worker import Worker
 
@@ -22,8 +22,7 @@ def served(session: Session, worker: Worker) -> Iterator[str]:
     """Serves on a free port for the block: the address."""
     worker.start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(make_app(session, worker), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(configure(session, worker, "127.0.0.1"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

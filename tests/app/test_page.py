@@ -146,6 +146,18 @@ def test_reserved_texts_are_broken_up_and_others_left() -> None:
     assert as_text("<b>", ("<image>",)) == "<b>"
 
 
+def test_a_line_break_of_a_form_is_that_of_a_prompt(client: TestClient) -> None:
+    """Browsers send every line break of a form as two characters."""
+    lines = "What digit\nis\nred?"
+    plain, typed = (
+        answers(events(ask(client, png(), prompt=prompt)[1]))["pruned"]
+        for prompt in (lines, lines.replace("\n", "\r\n"))
+    )
+    assert typed["tokens_in"] == plain["tokens_in"]
+    long = "\r\n".join("a" * 150)
+    assert ask(client, png(), prompt=long)[0] == 200
+
+
 def test_a_wide_picture_shows_which_part_the_model_saw(client: TestClient) -> None:
     told = events(ask(client, png((200, 100)))[1])
     (kept,) = [event for event in told if event["kind"] == "kept"]
@@ -179,6 +191,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes | None], dict[str, str], int, str]] 
     "truncated": (lambda: png()[:-80], {}, 422, "damaged or cut off"),
     "bomb": (bomb, {}, 422, "pixels; make it smaller"),
     "many pixels": (large, {}, 422, "1000x1000 pixels, more than 200000"),
+    "a line": (lambda: png((300, 1)), {}, 422, "300x1 pixels, which is a line; crop it"),
     "too large": (lambda: png() + bytes(300_000), {}, 413, "larger than 0.2 MB"),
     "far too large": (lambda: bytes(2_000_000), {}, 413, "larger than 0.2 MB"),
     "long prompt": (png, {"prompt": "a" * 301}, 422, "301 characters, more than 300"),
@@ -267,6 +280,7 @@ def test_names_of_others_are_refused(client: TestClient, host: str) -> None:
     [
         {"origin": "http://evil.example"},
         {"origin": "null"},
+        {"origin": "http://[::1"},
         {"origin": "http://127.0.0.1:1"},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
