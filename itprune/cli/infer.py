@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from itprune.cli.loading import add_model_options, check_least, check_options, load
+from itprune.cli.terminal import harmless
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -114,7 +115,7 @@ def _run_one(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
         return 0
-    print(answer.answer)
+    print(harmless(answer.answer) if sys.stdout.isatty() else answer.answer)
     print(describe(answer), file=sys.stderr)
     return 0
 

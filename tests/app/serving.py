@@ -23,10 +23,12 @@ def served(session: Session, worker: Worker) -> Iterator[str]:
     worker.start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(configure(session, worker, "127.0.0.1"))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        worker.close()
-        server.should_exit = True
-        thread.join(WAIT)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            worker.close()
+            server.should_exit = server.force_exit = True
+            thread.join(WAIT)
         assert not thread.is_alive()
