@@ -103,6 +103,30 @@ def test_a_visit_from_the_picture_to_the_figures(visit: Visit, tmp_path: Path) -
     visit.check_quiet()
 
 
+@pytest.mark.parametrize("place", ["#drop", "#prompt", "body"])
+def test_a_picture_is_dropped_anywhere(browser: Any, url: str, place: str) -> None:
+    page = browser.new_page()
+    visit = Visit(page, url)
+    visit.begin()
+    files = page.evaluate_handle(
+        """bytes => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+            return files;
+        }""",
+        list(png()),
+    )
+    page.dispatch_event(place, "dragover", {"dataTransfer": files})
+    expect(page.locator("#drop.over")).to_be_attached()
+    page.dispatch_event(place, "drop", {"dataTransfer": files})
+    expect(page.locator("#drop.over")).not_to_be_attached()
+    expect(page.locator("#image")).to_be_visible()
+    visit.ask()
+    expect(page.locator("#pruned .answer")).not_to_be_empty()
+    visit.check_quiet()
+    page.close()
+
+
 def check_overlay(page: Any) -> None:
     """It lies on the picture exactly, and shows the stage that is chosen."""
     places = [page.locator(name).bounding_box() for name in ("#image", "#overlay")]
