@@ -46,12 +46,13 @@ class Guards:
     Args:
         app: the application.
         host: the address it is bound to.
+        names: further names it goes by, such as that of a proxy before it.
     """
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, names: Iterable[str] = ()) -> None:
         self.app = app
         self.open = not is_loopback(host)
-        self.names = frozenset(_names(host))
+        self.names = frozenset((*_names(host), *(name.lower() for name in names)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -37,13 +37,16 @@ DECODERS = 2
 SENTENCES = {404: "there is nothing at this address", 405: "this address does not take that"}
 
 
-def make_app(session: Session, worker: Worker, host: str = "127.0.0.1") -> Starlette:
+def make_app(
+    session: Session, worker: Worker, host: str = "127.0.0.1", names: Iterable[str] = ()
+) -> Starlette:
     """The application.
 
     Args:
         session: answers, and knows what may be asked.
         worker: started; serves the session.
         host: the address the server is bound to.
+        names: further names it goes by.
     """
     asker = _Asker(session, worker)
     routes = [Route(path, _static(*where)) for path, where in STATIC.items()]
@@ -53,7 +56,7 @@ def make_app(session: Session, worker: Worker, host: str = "127.0.0.1") -> Starl
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guards, host=host)],
+        middleware=[Middleware(Guards, host=host, names=names)],
         exception_handlers={
             Refusal: _refuse,
             HTTPException: _refuse_address,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterable
 from types import FrameType
 
 import uvicorn
@@ -68,16 +69,19 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def configure(session: Session, worker: Worker, host: str) -> uvicorn.Config:
+def configure(
+    session: Session, worker: Worker, host: str, names: Iterable[str] = ()
+) -> uvicorn.Config:
     """What uvicorn is told.
 
     Args:
         session: the model.
         worker: started; serves the session.
         host: the address as the user named it.
+        names: further names the server goes by.
     """
     return uvicorn.Config(
-        make_app(session, worker, host),
+        make_app(session, worker, host, names),
         http=Connection,
         log_config=None,
         log_level="warning",
@@ -91,17 +95,18 @@ def configure(session: Session, worker: Worker, host: str) -> uvicorn.Config:
     )
 
 
-def serve(session: Session, listener: socket.socket, host: str) -> None:
+def serve(session: Session, listener: socket.socket, host: str, names: Iterable[str] = ()) -> None:
     """Serves until the process is told to end.
 
     Args:
         session: the model.
         listener: where visitors come in.
         host: the address as the user named it.
+        names: further names the server goes by.
     """
     worker = Worker(session, session.limits.waiting)
     worker.start()
-    config = configure(session, worker, host)
+    config = configure(session, worker, host, names)
     try:
         with contextlib.suppress(
             KeyboardInterrupt

@@ -45,6 +45,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--allow-remote", action="store_true", help="allow a --host that others can reach"
     )
     parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name of this server: that of a proxy before it",
+    )
+    parser.add_argument(
         "--max-mb", type=float, default=10.0, metavar="MB", help="largest upload; default 10"
     )
     parser.add_argument(
@@ -79,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         session = Session(load(args), Path(args.model).resolve().name, limits)
         print(f"itprune app: {address(listener)} (Ctrl-C ends it)", flush=True)
-        serve(session, listener, args.host)
+        serve(session, listener, args.host, args.name)
     print("itprune app: ended", file=sys.stderr)
     return 0
 
