@@ -15,6 +15,7 @@ from itprune.app.pictures import read_picture
 from itprune.app.streaming import Listener, StreamingAnswerer
 from itprune.app.where import Spot, find_spots
 from itprune.attach import Attached
+from itprune.calibration import Calibration
 from itprune.checkpoint import Loaded
 from itprune.comparing.entries import DENSE, Case, Entry
 from itprune.comparing.subject import Subject
@@ -27,6 +28,7 @@ from itprune.question import Question
 from itprune.trace import Trace
 
 PRUNED = "pruned"
+UNCALIBRATED = "not calibrated for this model: it may keep more or fewer tokens than asked for"
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
 
@@ -72,7 +74,7 @@ class Session:
         return {
             "model": self.name,
             "family": self.subject.model.config.model_type,
-            "methods": [{"name": n, "title": title} for n, title in self.offered.items()],
+            "methods": list(self.offered.values()),
             "method": self.method,
             "keep": self.keep,
             "limits": asdict(self.limits),
@@ -111,9 +113,8 @@ class Session:
             ValueError: this model, method or budget cannot do it.
             Stopped: nobody listened any more.
         """
-        own = self.subject.own is not None and self.subject.own.method == ask.method
         case = Case(Entry(ask.method, ask.method), ask.keep)
-        with self.subject.wearing(case, self.calibration if own else None) as attached:
+        with self.subject.wearing(case, self._calibrated(ask.method)) as attached:
             self._column(PRUNED, ask, attached, tell, stopped)
         if ask.beside:
             self._column(DENSE, ask, None, tell, stopped)
@@ -160,15 +161,22 @@ class Session:
 
         return find_spots(self.family, answerer.processor, size, encode)
 
-    def _offered(self) -> dict[str, str]:
-        """Names and titles of the methods that run on this model as it is, its own first."""
-        found = {self.method: ""}
+    def _calibrated(self, method: str) -> Calibration | None:
+        """The checkpoint's calibration, where it is this method's."""
+        own = self.subject.own is not None and self.subject.own.method == method
+        return self.calibration if own else None
+
+    def _offered(self) -> dict[str, dict[str, str]]:
+        """What the page says of the methods that run on this model as it is, its own first."""
+        found = dict[str, dict[str, str]]()
         for name in (self.method, *methods()):
             if name == DENSE:
                 continue
             try:
                 with self.subject.wearing(Case(Entry(name, name), 1.0)) as attached:
-                    found[name] = attached.method.card.title
+                    method = attached.method
+                    note = UNCALIBRATED if method.calibrates and not self._calibrated(name) else ""
+                    found[name] = {"name": name, "title": method.card.title, "note": note}
             except ValueError:  # it does not fit this model, or needs training
                 if name == self.method:
                     raise

@@ -154,6 +154,11 @@ def test_slider_and_method_change_what_is_kept(browser: Any, url: str) -> None:
         visit.ask()
         kept.append(page.locator("#overlay .edge").first.get_attribute("d"))
     expect(page.locator("#kept")).to_have_text("80 %")
+    expect(page.locator("#note")).to_be_empty()
+    page.select_option("#method", "itprune")
+    expect(page.locator("#note")).to_contain_text("not calibrated")
+    page.locator("#keep").fill("1")
+    expect(page.locator("#note")).to_be_empty()
     assert len(set(kept)) == 3
     expect(page.locator("#dense")).to_be_hidden()
     visit.check_quiet()

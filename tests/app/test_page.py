@@ -74,6 +74,9 @@ def test_the_facts_name_the_methods_that_fit_and_no_path(client: TestClient) -> 
     assert {"visionzip", "fastv", "random"} <= set(names)
     assert not {"dense", "setok", "dyvte"} & set(names)  # two of them need training
     assert facts["keep"] == 0.22
+    notes = {method["name"]: method["note"] for method in facts["methods"]}
+    assert "not calibrated" in notes["itprune"]
+    assert notes["random"] == notes["visionzip"] == ""
     assert "/" not in facts["model"]
 
 

@@ -85,6 +85,7 @@ function listen() {
 function showChoice() {
   const method = facts.methods.find(({ name }) => name === $("method").value);
   $("title").textContent = method ? method.title : "";
+  $("note").textContent = method && $("keep").value < 1 ? method.note : "";
   $("kept").value = `${Math.round(100 * $("keep").value)} %`;
 }
 
