@@ -127,6 +127,18 @@ def test_a_picture_is_dropped_anywhere(browser: Any, url: str, place: str) -> No
     page.close()
 
 
+def test_a_picture_chosen_before_the_page_is_ready_is_taken(browser: Any, url: str) -> None:
+    page = browser.new_page()
+    held: list[Any] = []
+    page.route("**/api/model", lambda route: held.append(route))
+    with page.expect_request("**/api/model"):
+        page.goto(url)
+    upload(page, png())
+    held[0].continue_()
+    expect(page.locator("#image")).to_be_visible()
+    page.close()
+
+
 def check_overlay(page: Any) -> None:
     """It lies on the picture exactly, and shows the stage that is chosen."""
     places = [page.locator(name).bounding_box() for name in ("#image", "#overlay")]

@@ -43,6 +43,7 @@ async function start() {
   $("prompt").maxLength = facts.limits.prompt;
   showChoice();
   listen();
+  take($("picture").files[0]); // chosen before we listened, or kept by the browser over a reload
 }
 
 function listen() {
