@@ -1,0 +1,1 @@
+"""Serving: many requests on one loaded model, over HTTP."""
