@@ -14,11 +14,11 @@ from itprune.question import Question
 
 
 class Unavailable(Exception):
-    """A request that could be answered, but not now: one sentence. It is told with status 503."""
+    """A request that could be answered, but not now: one sentence, told with status 503."""
 
 
 class Broken(Exception):
-    """An answer that failed by no fault of its request: one sentence. It is told with status 500."""
+    """An answer that failed by no fault of its request: one sentence, told with status 500."""
 
 
 @dataclass(frozen=True)
