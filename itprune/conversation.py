@@ -9,22 +9,21 @@ same tokens, and an image keeps the tokens that were chosen when it came.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from itprune.answer import Answerer, Encoded
+from itprune.axes import axes_ids
 from itprune.checkpoint import Loaded
 from itprune.continuing import Held, Plan, Visual, plan_turn
 from itprune.decoding import Clock, Decoding
 from itprune.engine.cache import PrunedLayer
 from itprune.families import find_family
-from itprune.inputs import PER_TOKEN
 from itprune.question import IMAGE, Question
 from itprune.report import Report
 from itprune.streaming import Text, TokenStream
@@ -186,7 +185,8 @@ class Conversation:
         answerer = self._answerer
         inputs: dict[str, Any] = answerer.collate([replace(encoded, inputs=plan.inputs)])
         if self._family.position_axes > 1:
-            inputs["position_ids"] = self._positions(encoded.inputs)
+            ids = axes_ids(answerer.model, encoded.inputs)
+            inputs["position_ids"] = ids.to(answerer.model.device)
         if plan.held is not None:
             inputs["past_key_values"] = plan.held.cache
         generate: Any = answerer.model.generate
@@ -196,22 +196,6 @@ class Conversation:
             logits_processor=answerer.sampler([encoded]),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-
-    def _positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(4, 1, T) position ids, those of text first, for models with several axes.
-
-        Their own bookkeeping is one offset kept on the model, which another dialogue on it changes
-        and which knows no image behind a cached prompt.
-        """
-        model: Any = self._answerer.model.base_model
-        given = {k: v[None] if k in PER_TOKEN else v for k, v in inputs.items()}
-        text = torch.arange(given["input_ids"].shape[1])[None, None]
-        if any(key.endswith("_grid_thw") for key in given):
-            needed = {k: v for k, v in given.items() if not k.startswith("pixel_values")}
-            vision, _ = model.get_rope_index(**needed)
-        else:
-            vision = text.expand(3, -1, -1)
-        return torch.cat([text, vision]).to(self._answerer.model.device)
 
     def _plan(self, encoded: Encoded) -> Plan:
         if self._held is None:

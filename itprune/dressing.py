@@ -73,19 +73,27 @@ class Wardrobe:
         if self.loaded.attached is not None:
             self._set(DENSE)
 
-    def method(self, name: str) -> None:
+    def method(self, name: str, keep: float | None = None) -> None:
         """Changes the method; the checkpoint's own comes back with its options and trained parts.
+
+        Args:
+            name: of the method.
+            keep: its budget; None: the one before.
 
         Raises:
             ValueError: unknown, it does not fit the model, or it has to be trained first.
         """
         for part in name.split(SEPARATOR):
             check_choice("method", part, methods())
+        if keep is not None:
+            check_fraction("keep", keep)
+        budget = self._budget if keep is None else keep
         if self._own is not None and name == self._own.config.method:
-            dress = replace(self._own, config=self._own.config.replace(keep=self._budget))
+            dress = replace(self._own, config=self._own.config.replace(keep=budget))
         else:
-            dress = Dress(PruneConfig(name, keep=self._budget))
+            dress = Dress(PruneConfig(name, keep=budget))
         self._change(dress)
+        self._budget = budget
 
     def _set(self, keep: float) -> None:
         attached = self.loaded.attached

@@ -1,0 +1,134 @@
+"""Admission: who may join the running batch, by rows and by bytes of keys and values.
+
+What a prompt keeps is known when it has run, and booked then; before, `keep` tells it, which is the
+share of visual tokens a method aims at on average over layers. The bytes are those at the end: of
+the longest answers all rows may give, with the unused space beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from itprune.serving.joining import room
+from itprune.serving.prefilled import layer_windows
+from itprune.serving.running import Batch
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Limits of a running batch.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+
+    kv_bytes: int
+    """Keys and values of all rows."""
+    rows: int = 64
+    """Answers made together."""
+    prompt_tokens: int = 8192
+    """Prompt tokens run together, kept ones: how long running answers wait for newcomers."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a request is going to take, for each layer."""
+
+    prompt: int
+    """Prompt tokens kept."""
+    answer: int
+    """Tokens of the longest answer."""
+
+    @classmethod
+    def of(cls, tokens: int, visual: int, keep: float, answer: int) -> Need:
+        """Of a prompt.
+
+        Args:
+            tokens: of the prompt, image tokens included.
+            visual: image tokens.
+            keep: share of these that stays.
+            answer: tokens of the longest answer.
+        """
+        return cls(tokens - visual + math.ceil(keep * visual), answer)
+
+    def width(self, window: int | None) -> int:
+        """Columns of a layer at the end."""
+        prompt = self.prompt if window is None else min(self.prompt, window - 1)
+        return prompt + self.answer
+
+
+class Ledger:
+    """What is taken, and what would be.
+
+    Args:
+        config: of the text model.
+        dtype: of keys and values.
+        limits: not to be passed.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, limits: Admission) -> None:
+        values = config.to_dict()
+        heads = values.get("num_key_value_heads") or config.num_attention_heads
+        width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+        self.entry = 2 * heads * width * dtype.itemsize
+        """Bytes of one token in one layer."""
+        self.windows = layer_windows(config)
+        self.limits = limits
+
+    def check(self, need: Need) -> None:
+        """Refuses what could never join.
+
+        Raises:
+            ValueError: it takes more than there is, were it alone.
+        """
+        wanted = self._bytes(1, [need.width(window) for window in self.windows])
+        if wanted > self.limits.kv_bytes:
+            raise ValueError(
+                f"the request may need {wanted / MB:.0f} MB of memory for keys and values, but "
+                f"{self.limits.kv_bytes / MB:.0f} MB is the limit; ask for a shorter answer, a "
+                "lower keep, or with smaller pictures"
+            )
+
+    def fits(self, batch: Batch, needs: Sequence[Need]) -> bool:
+        """Whether newcomers may join the rows of a batch, all together."""
+        rows = len(batch.rows) + len(needs)
+        if rows > self.limits.rows:
+            return False
+        if len(needs) > 1 and sum(need.prompt for need in needs) > self.limits.prompt_tokens:
+            return False
+        return self._bytes(rows, self._widths(batch, needs)) <= self.limits.kv_bytes
+
+    def _widths(self, batch: Batch, needs: Sequence[Need]) -> list[int]:
+        """Columns of each layer at the end."""
+        left = [row.room - len(row.said.ids) for row in batch.rows]
+        places = list(zip(batch.cache.rows, left, strict=True))
+        return [
+            max(
+                [place.length(layer) + more for place, more in places]
+                + [need.width(window) for need in needs]
+            )
+            for layer, window in enumerate(self.windows)
+        ]
+
+    def _bytes(self, rows: int, widths: Sequence[int]) -> int:
+        return sum(math.prod(room(rows, width)) for width in widths) * self.entry
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Half of the memory that is free now; prompts that run through the layers need the rest."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

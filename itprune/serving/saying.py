@@ -1,0 +1,139 @@
+"""What rows of a running batch say: how their next tokens are drawn, and the text these make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from itprune.answer import Answerer
+from itprune.decoding import Decoding, RowSampler
+from itprune.streaming import Text
+
+
+class Said(Text):
+    """The text of an answer, piece by piece, up to the first of its stop strings.
+
+    What may be the beginning of a stop string waits for what follows.
+
+    Args:
+        tokenizer: of the model.
+        stop: texts that end the answer and are no part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        super().__init__(tokenizer)
+        self.stop = tuple(text for text in stop if text)
+        self.ended = False
+        """A stop string was said."""
+
+    def whole(self) -> str:
+        text: str = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        ends = [at for at in map(text.lstrip().find, self.stop) if at >= 0]
+        self.ended = bool(ends)
+        return (text.lstrip()[: min(ends)] if ends else text).strip()
+
+    def _new(self, text: str) -> str:
+        if self.ended:
+            return super()._new(self.whole())
+        return super()._new(text[: len(text) - self._waiting(text)])
+
+    def rest(self) -> str:
+        return super()._new(self.whole())
+
+    def _waiting(self, text: str) -> int:
+        """Letters at the end that begin a stop string."""
+        sizes = {size for stop in self.stop for size in range(1, len(stop))}
+        return max((n for n in sizes if n <= len(text) and self._begins(text[-n:])), default=0)
+
+    def _begins(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self.stop)
+
+
+class Speaker(Protocol):
+    """What the sampler asks of a row."""
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def stream(self) -> torch.Generator:
+        """The row's own randomness."""
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of prompt and answer so far."""
+
+
+class Sampler:
+    """Draws the next token of every row, as `generate` and `RowSampler` would of each alone.
+
+    Args:
+        answerer: of the model, whose own generation config may change scores.
+    """
+
+    AT_ONCE = (SuppressTokensLogitsProcessor, RepetitionPenaltyLogitsProcessor)
+    """Processors that do not mind how often a token stands in a row, nor where."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        own = _processors(answerer)
+        self._together = all(type(processor) in self.AT_ONCE for processor in own)
+        self._own = own
+
+    def __call__(self, rows: Sequence[Speaker], logits: Tensor) -> Tensor:
+        """(B, vocab) logits -> (B,) tokens."""
+        scores = self._processed(rows, logits.float())
+        ways: dict[tuple[float, float], list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.decoding.temperature > 0:
+                way = (row.decoding.temperature, row.decoding.top_p)
+                ways.setdefault(way, []).append(index)
+        for indices in ways.values():
+            sampler = RowSampler(rows[indices[0]].decoding, ())
+            sampler.streams = [rows[index].stream for index in indices]
+            if len(indices) == len(rows):
+                return sampler(scores, scores).argmax(-1)
+            where = torch.tensor(indices, device=scores.device)
+            drawn = sampler(scores, scores.index_select(0, where))
+            scores = scores.index_copy(0, where, drawn)
+        return scores.argmax(-1)
+
+    def _processed(self, rows: Sequence[Speaker], scores: Tensor) -> Tensor:
+        if not self._own:
+            return scores
+        seen, device = [row.seen for row in rows], scores.device
+        if self._together:  # a row's first token, again and again, fills it up
+            longest = max(map(len, seen))
+            ids = [own[:1] * (longest - len(own)) + own for own in seen]
+            return self._own(torch.tensor(ids, device=device), scores)
+        parts = [
+            self._own(torch.tensor([own], device=device), scores[row : row + 1])
+            for row, own in enumerate(seen)
+        ]
+        return torch.cat(parts)
+
+
+def _processors(answerer: Answerer) -> LogitsProcessorList:
+    """What `generate` does to scores by the model's own generation config."""
+    found: list[LogitsProcessorList] = []
+
+    def take(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        found.append(kwargs["logits_processor"])
+        return input_ids
+
+    model: Any = answerer.model
+    ids = torch.tensor([[answerer.stops[0]]], device=model.device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=answerer.settings(1),
+        custom_generate=take,
+    )
+    return found[0]
