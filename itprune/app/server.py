@@ -16,10 +16,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from itprune.app.asking import Refusal, read_ask
-from itprune.app.guards import Guards
+from itprune.app.asking import read_ask
+from itprune.app.policy import HEADERS
 from itprune.app.session import Ask, Event, Session
 from itprune.app.worker import END, Full, Job, Worker
+from itprune.web.bodies import Refusal
+from itprune.web.guards import Guards
 
 STATIC = {
     "/": ("itprune.app", "static/index.html", "text/html"),
@@ -56,7 +58,7 @@ def make_app(
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guards, host=host, names=names)],
+        middleware=[Middleware(Guards, host=host, refuse=_stranger, names=names, headers=HEADERS)],
         exception_handlers={
             Refusal: _refuse,
             HTTPException: _refuse_address,
@@ -151,6 +153,10 @@ async def _lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
 # ------------------------------------------------------------------------------------ refusals
 def _busy() -> Refusal:
     return Refusal(503, "too many questions are waiting; try again in a minute")
+
+
+def _stranger(sentence: str) -> Response:
+    return JSONResponse({"error": sentence}, 403)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

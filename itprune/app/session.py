@@ -11,7 +11,6 @@ from PIL import Image
 from itprune.answer import Answerer, Encoded
 from itprune.app.kept import kept_patches
 from itprune.app.limits import Limits
-from itprune.app.pictures import read_picture
 from itprune.app.streaming import Listener, StreamingAnswerer
 from itprune.app.where import Spot, find_spots
 from itprune.attach import Attached
@@ -26,6 +25,8 @@ from itprune.methods import methods
 from itprune.options import check_choice, check_fraction
 from itprune.question import Question
 from itprune.trace import Trace
+from itprune.web.pictures import read_picture
+from itprune.web.texts import as_text
 
 PRUNED = "pruned"
 UNCALIBRATED = "not calibrated for this model: it may keep more or fewer tokens than asked for"
@@ -130,7 +131,7 @@ class Session:
         loaded = Loaded(self.subject.loaded.model, self.subject.loaded.processor, attached)
         answerer = StreamingAnswerer(loaded, Decoding(max_new_tokens=ask.max_new_tokens))
         picture = read_picture(ask.picture, self.limits.pixels)
-        prompt = as_text(ask.prompt, answerer.reserved)
+        prompt = as_text(ask.prompt, answerer.reserved).strip()
         encoded = answerer.encode(_question(prompt, picture))
         spots = self._spots(answerer, prompt, picture.size) if attached is not None else []
         trace = Trace()
@@ -181,18 +182,6 @@ class Session:
                 if name == self.method:
                     raise
         return found
-
-
-def as_text(prompt: str, reserved: tuple[str, ...]) -> str:
-    """A prompt in which nothing is an image place, whatever a visitor typed.
-
-    Args:
-        prompt: the question.
-        reserved: texts a processor takes for an image.
-    """
-    for token in reserved:
-        prompt = prompt.replace(token, f"{token[:1]} {token[1:]}")
-    return prompt.strip()
 
 
 def _question(prompt: str, picture: Image.Image) -> Question:

@@ -10,12 +10,12 @@ import pytest
 from itprune import load_pretrained
 from itprune.answer import Answerer
 from itprune.app.limits import Limits
-from itprune.app.pictures import read_picture
 from itprune.app.session import Ask, Session
 from itprune.app.streaming import Stopped
 from itprune.calibration import Calibration
 from itprune.decoding import Decoding
 from itprune.question import Question
+from itprune.web.pictures import read_picture
 from tests.app.asking import png
 from tests.tiny_folders import build_folder
 

@@ -13,12 +13,13 @@ from starlette.testclient import TestClient
 
 from itprune import load_pretrained
 from itprune.answer import Answerer
-from itprune.app.guards import POLICY
+from itprune.app.policy import POLICY
 from itprune.app.server import STATIC
-from itprune.app.session import Session, as_text
+from itprune.app.session import Session
 from itprune.decoding import Decoding
 from itprune.pages import PALETTE
 from itprune.question import Question
+from itprune.web.texts import as_text
 from tests.app.asking import answers, events, form, png
 from tests.app.conftest import BUNDLED
 
@@ -99,7 +100,7 @@ def test_an_answer_is_that_of_infer_with_its_figures(client: TestClient) -> None
 
 
 def infer(picture: bytes, keep: float) -> dict[str, object]:
-    from itprune.app.pictures import read_picture
+    from itprune.web.pictures import read_picture
 
     answerer = Answerer(load_pretrained(BUNDLED, keep=keep), Decoding(max_new_tokens=32))
     question = Question.from_prompt("What digit is red?", [read_picture(picture, 10**6)])
@@ -145,7 +146,7 @@ def test_what_is_typed_is_text(client: TestClient, typed: str) -> None:
 
 
 def test_reserved_texts_are_broken_up_and_others_left() -> None:
-    assert as_text(" a <image> b ", ("<image>",)) == "a < image> b"
+    assert as_text("a <image> b", ("<image>",)) == "a < image> b"
     assert as_text("<b>", ("<image>",)) == "<b>"
 
 

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from starlette.responses import Response
 
-from itprune.app.addresses import is_loopback
-from itprune.app.guards import Guards
 from itprune.cli import app
+from itprune.web.addresses import is_loopback
+from itprune.web.guards import Guards
 from tests.app.asking import answers, connect, events, form, png, post
 from tests.app.conftest import BUNDLED
 
@@ -203,7 +204,7 @@ def test_what_others_can_reach(name: str) -> None:
 def test_names_a_server_goes_by(bound: str, host: str, known: bool) -> None:
     async def nothing(*args: object) -> None: ...
 
-    assert Guards(nothing, bound, ["See.example"])._known(host) is known
+    assert Guards(nothing, bound, Response, ["See.example"])._known(host) is known
 
 
 def test_the_page_behind_a_proxy() -> None:

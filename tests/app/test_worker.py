@@ -14,6 +14,7 @@ from itprune.app.limits import Limits
 from itprune.app.server import make_app
 from itprune.app.session import Session
 from itprune.app.worker import CLOSING, END, FAILED, Full, Worker
+from itprune.web import connection as web_connection
 from tests.app.asking import answers, connect, events, form, png
 from tests.app.serving import WAIT, served
 from tests.app.stubs import Slow, Visitor
@@ -138,7 +139,7 @@ def test_a_visitor_who_goes_frees_the_model_for_the_next(session: Session, slow:
 def test_who_says_nothing_cannot_hold_all_connections(
     session: Session, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(web_connection, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(serving, "CONNECTIONS", 4)
     head = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     with served(session, Worker(slow, waiting=4)) as url:
@@ -159,7 +160,7 @@ def test_who_says_nothing_cannot_hold_all_connections(
 def test_who_waits_for_an_answer_is_not_cut_off(
     session: Session, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.01)
+    monkeypatch.setattr(web_connection, "HEAD_SECONDS", 0.01)
     monkeypatch.setattr(server, "BEAT", 0.01)
     with served(session, Worker(slow, waiting=4)) as url:
         connection = connect(url)
