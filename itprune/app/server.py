@@ -12,15 +12,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from itprune.app.asking import read_ask
 from itprune.app.policy import HEADERS
 from itprune.app.session import Ask, Event, Session
 from itprune.app.worker import END, Full, Job, Worker
 from itprune.web.bodies import Refusal
+from itprune.web.events import EventStream
 from itprune.web.guards import Guards
 
 STATIC = {
@@ -107,7 +107,11 @@ class _Asker:
             self.worker.join(job)
         except Full:
             raise _busy() from None
-        return EventStream(events, lambda: self.worker.leave(job))
+
+        async def left() -> None:
+            self.worker.leave(job)
+
+        return EventStream(_lines(events), left)
 
     async def _read(self, request: Request) -> Ask:
         ask = await read_ask(request, self.session.limits)
@@ -117,25 +121,6 @@ class _Asker:
         except ValueError as error:
             raise Refusal(422, str(error)) from None
         return ask
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events up to `END`.
-
-    Args:
-        events: where they come in.
-        left: called when the stream is over, also where the visitor has gone before it began.
-    """
-
-    def __init__(self, events: asyncio.Queue[Event], left: Callable[[], None]) -> None:
-        super().__init__(_lines(events), media_type="text/event-stream")
-        self.left = left
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.left()
 
 
 async def _lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
