@@ -107,8 +107,8 @@ class Encoder:
         self.table: Tensor = self.model.get_input_embeddings().weight.detach()
         self.dtype = dtype or self.table.dtype
         self._own = before_llm(own_dress(loaded, same_count, self.family), self.family)
-        self.method, keep = self._own.config.method, self._own.config.final_keep
-        self.keep = self._share(same_count) if same_count else keep
+        self.method = self._own.config.method
+        self.keep = self._share(same_count) if same_count else self._own.config.final_keep
         self._prompt = PromptFormat.from_processor(loaded.processor)
         self._worn: str | None = None
         self._wear(self.method, self.keep)
@@ -140,6 +140,13 @@ class Encoder:
         if self.same_count is not None:
             return (self.method,)
         return tuple(name for name in methods() if name == self.method or self._fits(name))
+
+    @property
+    def usual_keep(self) -> float:
+        """What a request gets that names no budget, also where the method has a rule of its own."""
+        usual = PruneConfig().final_keep if self.keep is None else self.keep
+        assert usual is not None
+        return usual
 
     def check(self, method: str, keep: float | None) -> None:
         """Refuses a method or budget that cannot be had.
