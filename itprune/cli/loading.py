@@ -27,6 +27,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="a checkpoint, or an ordinary model folder"
     )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """--keep, --method, --device and --dtype."""
     parser.add_argument(
         "--keep",
         type=float,
