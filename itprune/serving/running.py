@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from itprune.answer import Answerer, Encoded
+from itprune.attach import Attached
 from itprune.axes import axes_ids
 from itprune.decoding import Decoding, row_seed
 from itprune.engine.masks import added_mask
@@ -26,6 +27,7 @@ from itprune.report import Report
 from itprune.serving.joining import JoinedCache
 from itprune.serving.prefilled import Prefilled, layer_windows
 from itprune.serving.saying import Said, Sampler
+from itprune.tokens import Sparsity
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +88,30 @@ class Event:
     token: int
     text: str
     """What is new to be read; often nothing. All texts of a row together are its answer."""
+    finish: str | None
+    """As of the row; not None: this is its last token, and it has left the batch."""
 
-    @property
-    def finish(self) -> str | None:
-        """Not None: the row has left the batch."""
-        return self.row.finish
+
+def check_joins(attached: Attached | None) -> None:
+    """Refuses a pruner whose rows need it when they decode.
+
+    Raises:
+        ValueError: layers that must not see the visual tokens they hold.
+    """
+    if attached is None or attached.method.idle:
+        return
+    spared = [attached.method.sparsity(layer) for layer in range(attached.method.depth)]
+    if any(spare is not None and _hides(spare) for spare in spared):
+        raise ValueError(
+            f"method {attached.config.method!r} spares compute while it decodes, too, so its "
+            "answers cannot be made beside others; choose another method"
+        )
+
+
+def _hides(spare: Sparsity) -> bool:
+    """Whether a layer holds visual tokens that some of its heads must not see. (Blind layers hold
+    none, unless the published arithmetic is asked for.)"""
+    return spare.heads is not None or (spare.blind and spare.zero_after_softmax)
 
 
 class Batch:
@@ -151,7 +172,7 @@ class Batch:
         Raises:
             ValueError: prompts that cannot be one batch, or a pruner that works on while decoding.
         """
-        self._check_pruner()
+        check_joins(self.answerer.loaded.attached)
         rows = [self._row(one) for one in asked]
         inputs = self.answerer.collate([one.encoded for one in asked])
         mask = inputs["attention_mask"].bool()
@@ -169,17 +190,6 @@ class Batch:
             self.rows += [rows[index] for index in stay]
             self._tokens = None
         return events
-
-    def _check_pruner(self) -> None:
-        attached = self.answerer.loaded.attached
-        if attached is None or attached.method.idle:
-            return
-        spared = [attached.method.sparsity(layer) for layer in range(attached.method.depth)]
-        if any(spare is not None and (spare.heads is not None or spare.blind) for spare in spared):
-            raise ValueError(
-                f"method {attached.config.method!r} spares compute while it decodes, too, so its "
-                "answers cannot be made beside others; choose another method"
-            )
 
     def _row(self, asked: Asked) -> Row:
         encoded, decoding = asked.encoded, asked.decoding
@@ -259,7 +269,7 @@ class Batch:
             row.finish = "length"
         if row.finish is not None:
             text += row.said.rest()
-        return Event(row, token, text)
+        return Event(row, token, text, row.finish)
 
     def _before_layer(self, index: int, layer: Any, args: Any, kwargs: Any) -> Any:
         """Hands a decoder layer of the batch's own steps the mask of its rows."""

@@ -43,7 +43,7 @@ class Said(Text):
     def _new(self, text: str) -> str:
         if self.ended:
             return super()._new(self.whole())
-        return super()._new(text[: len(text) - self._waiting(text)])
+        return super()._new(text[: len(text) - self._waiting(text)].rstrip())
 
     def rest(self) -> str:
         return super()._new(self.whole())
