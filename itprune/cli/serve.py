@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itprune.cli.loading import add_loading_options, check_options, load
+from itprune.cli.upstream import add_upstream_options, make_upstream
 from itprune.web.listening import address, check_host, open_socket
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ EXAMPLES = """\
 examples:
   itprune serve outputs/run
   itprune serve outputs/run --methods itprune,visionzip --keep-min 0.1 --keep-max 0.5
+  itprune serve outputs/run --engine vllm --upstream http://10.0.0.1:8000,http://10.0.0.2:8000
   itprune serve outputs/run --host 0.0.0.0 --allow-remote --api-key-file keys.txt
 """
 KEY = "ITPRUNE_API_KEY"
+ENGINES = ("own", "vllm")
 LIMITS = (
     ("--max-mb", "body_mb", "MB", float, "largest request"),
     ("--max-pixels", "pixels", "N", int, "largest picture"),
@@ -79,6 +82,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="MB",
         help="their keys and values; default: half of what is free",
     )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="own",
+        help="what makes answers: the model in this process, or vLLM servers that get what stays "
+        "of prompts encoded here; default %(default)s",
+    )
+    add_upstream_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -170,6 +181,12 @@ def make_limits(args: argparse.Namespace) -> Limits:
 
 def make_backend(args: argparse.Namespace, limits: Limits) -> Backend:
     """What answers."""
+    if (args.engine == "vllm") != (args.upstream is not None):
+        raise ValueError("--engine vllm and --upstream belong together: give both or none")
+    if args.engine == "vllm":
+        backend = make_upstream(args, served_name(args), offered_methods(args.methods))
+        limits.check_keep(backend.facts().keep)
+        return backend
     from itprune.serving.admission import MB, Admission, spare_bytes
     from itprune.serving.local import LocalBackend
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from itprune.checkpoint import Loaded
 from itprune.config import PruneConfig
-from itprune.dressing import DENSE, Dress
+from itprune.dressing import Dress
 from itprune.families.base import Family, PatchFamily
 from itprune.methods import build_method, method_class
 from itprune.methods.combined import SEPARATOR
@@ -85,13 +85,13 @@ def check_family(model_type: str) -> bool:
 
 
 def own_dress(loaded: Loaded, same_count: int | None, family: Family) -> Dress:
-    """The checkpoint's pruner, or one with a fixed count; without any, nothing is pruned.
+    """The checkpoint's pruner, or one with a fixed count; without any, the usual one.
 
     Raises:
         ValueError: the count cannot be the same for all images.
     """
     attached = loaded.attached
-    own = Dress(PruneConfig(keep=DENSE)) if attached is None else Dress.of(attached)
+    own = Dress(PruneConfig()) if attached is None else Dress.of(attached)
     if same_count is None:
         return own
     if not isinstance(family, PatchFamily):

@@ -239,6 +239,18 @@ class Encoder:
             start += slots
         return rows
 
+    def each(
+        self, batch: Sequence[Prepared], method: str | None = None, keep: float | None = None
+    ) -> list[Rows | ValueError]:
+        """One result for each question. Those that fail together are encoded alone, so that one is
+        to blame; see `encode`."""
+        try:
+            return [*self.encode(batch, method, keep)] if batch else []
+        except ValueError as error:
+            if len(batch) == 1:
+                return [error]
+            return [found for one in batch for found in self.each([one], method, keep)]
+
     def text(self, one: Prepared) -> Rows:
         """The rows of a question without images, for which nothing has to run."""
         none = self.table.new_zeros(0, self.table.shape[1], dtype=self.dtype)

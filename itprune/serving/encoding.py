@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -97,12 +98,9 @@ class EncodingLine:
             self._line.remove(one)
         return group
 
-    def _together(self, group: list[Waiting]) -> list[Rows | Exception]:
-        """One result each; questions that fail together are encoded alone."""
-        method, keep = group[0].setting
+    def _together(self, group: list[Waiting]) -> Sequence[Rows | Exception]:
+        """One result each."""
         try:
-            return [*self._encoder.encode([one.prepared for one in group], method, keep)]
+            return self._encoder.each([one.prepared for one in group], *group[0].setting)
         except Exception as error:  # noqa: BLE001  # told to whoever waits
-            if len(group) == 1:
-                return [error]
-            return [rows for one in group for rows in self._together([one])]
+            return [error] * len(group)

@@ -25,6 +25,7 @@ from itprune.serving.encode import Encoder, Rows
 from itprune.serving.encoding import EncodingLine
 from itprune.serving.saying import Said
 from itprune.serving.wire import Body, Draw, Wire
+from itprune.web.texts import as_texts
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ class UpstreamBackend:
             Unavailable: no server answers.
         """
         self.encoder.check(request.method, request.keep)
-        rows = await self._line.encode(request.question, request.method, request.keep)
+        question = as_texts(request.question, self.encoder.answerer.reserved)
+        rows = await self._line.encode(question, request.method, request.keep)
         if rows.tokens_kept >= self._context:
             raise TooLong(
                 f"the prompt has {rows.tokens_kept} tokens that stay, but the context of the model "
