@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BEAT = 1.0
 """Seconds between two looks at a server."""
-PATIENCE = 5.0
-"""Seconds a look, or a connection, may take."""
+LOOK_SECONDS = 5.0
+"""Seconds a look may take."""
 MISSES = 3
 """Looks in a row without an answer in time that make a server a dead one."""
 
@@ -92,11 +92,18 @@ class Balancer:
         urls: of the servers, as `read_urls` returns them.
         client: asks them.
         beat: seconds between two looks.
+        look_seconds: that a look may take.
     """
 
-    def __init__(self, urls: Sequence[str], client: httpx.AsyncClient, beat: float = BEAT) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        client: httpx.AsyncClient,
+        beat: float = BEAT,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
         self.upstreams = [Upstream(url) for url in urls]
-        self.beat = beat
+        self.beat, self.look_seconds = beat, look_seconds
         self._client = client
         self._change = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
@@ -161,7 +168,7 @@ class Balancer:
     async def _look(self, upstream: Upstream) -> None:
         """Whether a server lives, and what it serves."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self.look_seconds):
                 answer = await self._client.get(f"{upstream.url}/health")
                 if answer.status_code == 200 and not upstream.alive:
                     await self._introduce(upstream)

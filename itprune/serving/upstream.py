@@ -20,7 +20,7 @@ from itprune.answer import TooLong
 from itprune.serving.asking import Asker, Busy, Refused
 from itprune.serving.asking import Said as Event
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
-from itprune.serving.balance import BEAT, Balancer, Gone, Unreached, Upstream
+from itprune.serving.balance import BEAT, LOOK_SECONDS, Balancer, Gone, Unreached, Upstream
 from itprune.serving.encode import Encoder, Rows
 from itprune.serving.encoding import EncodingLine
 from itprune.serving.saying import Said
@@ -93,6 +93,7 @@ class UpstreamBackend:
         key: sent to the servers as a bearer token; empty: none.
         beat: seconds between two looks at a server.
         patience: seconds to wait for a server where none answers.
+        look_seconds: that a look may take; three in a row that take longer mean that it is dead.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class UpstreamBackend:
         key: str = "",
         beat: float = BEAT,
         patience: float = PATIENCE,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self.encoder, self.wire, self.patience = encoder, wire, patience
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -114,7 +116,7 @@ class UpstreamBackend:
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
         )
-        self.balancer = Balancer(urls, self._client, beat)
+        self.balancer = Balancer(urls, self._client, beat, look_seconds)
         self._ask = Asker(self._client)
         self._line = EncodingLine(encoder)
         fitting = encoder.methods

@@ -40,6 +40,10 @@ class Server:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """It holds its connections, and does nothing more."""
+        os.kill(self.pid, signal.SIGSTOP)
+
 
 class Servers:
     """Makes servers, quickly: they are forks of one process that has the model."""
