@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -20,12 +19,13 @@ from tests.tiny_llava import build_model, build_processor
 ROOT = Path(__file__).parents[2]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """One of them."""
 
     pid: int
     port: int
+    ended: bool = False
 
     @property
     def url(self) -> str:
@@ -38,7 +38,10 @@ class Server:
             return json.load(answer)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        """Ends it at once; another time it does nothing, since its number may be another's then."""
+        if not self.ended:
+            self.ended = True
+            os.kill(self.pid, signal.SIGKILL)
 
     def freeze(self) -> None:
         """It holds its connections, and does nothing more."""
@@ -76,8 +79,7 @@ class Servers:
     def end_all(self) -> None:
         """Ends those that were started since the last time."""
         for server in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                server.kill()
+            server.kill()
         self._started.clear()
 
     def close(self) -> None:
