@@ -196,7 +196,11 @@ def make_backend(args: argparse.Namespace, limits: Limits) -> Backend:
     method, keep = start_of(loaded, limits)
     if args.max_kv_mb is not None and not 0 < args.max_kv_mb < float("inf"):
         raise ValueError(f"--max-kv-mb: must be above 0, got {args.max_kv_mb}")
-    room = spare_bytes(loaded.model.device) if args.max_kv_mb is None else int(args.max_kv_mb * MB)
+    room = (
+        spare_bytes(next(loaded.model.parameters()).device)
+        if args.max_kv_mb is None
+        else int(args.max_kv_mb * MB)
+    )
     return LocalBackend(
         loaded,
         served_name(args),

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from itprune.serving import replies
-from itprune.serving.backend import Backend, Broken, Piece, Request, Unavailable
+from itprune.serving.backend import Backend, Broken, Piece, Unavailable
 from itprune.serving.course import LATE, STOPPING, Course, Gate, Gone, refused
 from itprune.serving.images import Pictures
 from itprune.serving.keys import Keys, Pace
@@ -33,6 +33,7 @@ from itprune.serving.metrics import KIND, Metrics
 from itprune.serving.openai_errors import WRONG, ApiError, busy, sentence_of
 from itprune.serving.replies import DONE, Reply
 from itprune.serving.requests import Reader
+from itprune.serving.schema import Chat
 from itprune.web.events import EventStream
 from itprune.web.guards import Guards
 
@@ -87,13 +88,14 @@ class Endpoint:
 
     async def chat(self, http: HttpRequest) -> Response:
         """One answer."""
-        self._pace.take(self.keys.client(http))
         async with AsyncExitStack() as stack:
-            stack.enter_context(self.gate.under_way(self.limits.requests))
-            facts = self.backend.facts()
-            chat, request = await self._read(http, facts)
-            reply = Reply.to(request, facts)
-            course = await self._course(request)
+            try:
+                self._pace.take(self.keys.client(http))
+                stack.enter_context(self.gate.under_way(self.limits.requests))
+            except ApiError:
+                await self._read.drain(http)
+                raise
+            chat, reply, course = await self._begin(http)
             stack.push_async_callback(course.close)
             async with _watched(http, course):
                 piece = await course.next()
@@ -102,7 +104,10 @@ class Endpoint:
             events = _events(course, piece, reply, chat.usage)
             return EventStream(events, stack.pop_all().aclose)
 
-    async def _course(self, request: Request) -> Course:
+    async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
+        """Hands a request to the backend; its pictures are held no longer than that takes."""
+        facts = self.backend.facts()
+        chat, request = await self._read(http, facts)
         began = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.seconds):
@@ -115,7 +120,8 @@ class Endpoint:
             raise ApiError(500, sentence_of(error), "failed") from None
         except TimeoutError:
             raise busy(LATE) from None
-        return Course(stream, began, self.limits.seconds, self.gate, self.metrics)
+        course = Course(stream, began, self.limits.seconds, self.gate, self.metrics)
+        return chat, Reply.to(request, facts), course
 
 
 def make_app(endpoint: Endpoint, host: str = "127.0.0.1", names: Iterable[str] = ()) -> Starlette:

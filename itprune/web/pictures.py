@@ -47,5 +47,5 @@ def _size(data: bytes) -> tuple[int, int]:
         raise ValueError("the picture has far too many pixels; make it smaller first") from None
     except (OSError, SyntaxError, ValueError):
         raise ValueError(
-            f"the file is not a picture this page can read; use {', '.join(FORMATS)}"
+            f"the file is not a picture that is read here; use {', '.join(FORMATS)}"
         ) from None

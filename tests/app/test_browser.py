@@ -215,7 +215,7 @@ def test_what_is_wrong_is_said_beside_the_button(browser: Any, url: str) -> None
     upload(visit.page, b"no picture")
     expect(wrong).to_have_text("The file is not a picture your browser can show.")
     visit.ask()
-    expect(wrong).to_contain_text("not a picture this page can read")
+    expect(wrong).to_contain_text("not a picture that is read here")
     upload(visit.page, bytes(11_000_000))
     visit.ask()
     expect(wrong).to_contain_text("larger than 10 MB")

@@ -212,6 +212,16 @@ def test_more_than_may_be_under_way(backend: Scripted) -> None:
         assert asking.answer().status_code == 200
 
 
+def test_a_refusal_is_heard_by_who_sends_all_before_listening(backend: Scripted) -> None:
+    large = b" " * 15_000_000
+    with served(backend, limited(body_mb=16), keys=("a-long-secret",)) as (url, _):
+        for key, status in (("wrong", 401), ("a-long-secret", 415)):
+            connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WAIT)
+            connection.request("POST", CHAT, large, {"Authorization": f"Bearer {key}"})
+            assert connection.getresponse().status == status
+            connection.close()
+
+
 def test_each_client_has_its_own_pace() -> None:
     clock = [0.0]
     pace = Pace(2, lambda: clock[0])
