@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 from typing import Any, NoReturn
@@ -50,18 +49,9 @@ class Reader:
             async with self._decoders:
                 return await run_in_threadpool(self._read, body, facts)
 
-    async def drain(self, http: HttpRequest) -> None:
-        """Reads what is not wanted, so that its sender, who may not listen before all of it is
-        sent, hears why."""
-        with contextlib.suppress(Refusal, TimeoutError):
-            async with asyncio.timeout(self.limits.upload_seconds):
-                async for _ in bounded(http, self.limits.body_bytes, ""):
-                    pass
-
     async def _body(self, http: HttpRequest) -> bytes:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or "content-encoding" in http.headers:
-            await self.drain(http)
             raise ApiError(415, "send the request as application/json, not compressed")
         limits = self.limits
         sentence = f"the request is larger than {limits.body_mb:g} MB; send smaller pictures"

@@ -89,12 +89,8 @@ class Endpoint:
     async def chat(self, http: HttpRequest) -> Response:
         """One answer."""
         async with AsyncExitStack() as stack:
-            try:
-                self._pace.take(self.keys.client(http))
-                stack.enter_context(self.gate.under_way(self.limits.requests))
-            except ApiError:
-                await self._read.drain(http)
-                raise
+            self._pace.take(self.keys.client(http))
+            stack.enter_context(self.gate.under_way(self.limits.requests))
             chat, reply, course = await self._begin(http)
             stack.push_async_callback(course.close)
             async with _watched(http, course):
