@@ -55,6 +55,7 @@ class Upstream:
         self.under_way = 0
         self.served = 0
         self.misses = 0
+        self.looking = asyncio.Lock()
         self._waits: set[asyncio.Timeout] = set()
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
@@ -80,8 +81,9 @@ class Upstream:
     def bury(self) -> None:
         """It is dead: whoever waits for it is told."""
         self.alive = False
+        waits, self._waits = self._waits, set()  # each is told once
         now = asyncio.get_running_loop().time()
-        for wait in self._waits:
+        for wait in waits:
             wait.reschedule(now)
 
 
@@ -205,8 +207,9 @@ class Balancer:
 
     async def doubt(self, upstream: Upstream) -> None:
         """A request found a server wanting: it is looked at now, not only at the next beat."""
-        if upstream.alive:
-            await self._look(upstream)
+        async with upstream.looking:  # many requests may find it so at once
+            if upstream.alive:
+                await self._look(upstream)
 
 
 def read_urls(text: str) -> tuple[str, ...]:

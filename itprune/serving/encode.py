@@ -139,7 +139,7 @@ class Encoder:
         """Names of the methods that fit."""
         if self.same_count is not None:
             return (self.method,)
-        return tuple(name for name in methods() if name == self.method or self._fits(name))
+        return (self.method, *(one for one in methods() if one != self.method and self._fits(one)))
 
     @property
     def usual_keep(self) -> float:

@@ -119,11 +119,10 @@ class UpstreamBackend:
         self.balancer = Balancer(urls, self._client, beat, look_seconds)
         self._ask = Asker(self._client)
         self._line = EncodingLine(encoder)
-        fitting = encoder.methods
-        offered = fitting if names is None else (*names, encoder.method)
-        self._offered = tuple(one for one in fitting if one in offered)
-        for one in offered:
-            encoder.check(one, encoder.keep if one == encoder.method else encoder.usual_keep)
+        offered = encoder.methods if names is None else (encoder.method, *names)
+        self._offered = tuple(dict.fromkeys(offered))
+        for one in self._offered:
+            encoder.check(one, encoder.usual_keep)
         self._name, self._created = name, int(time.time())
         self._streams: set[UpstreamStream] = set()
         self.again = 0

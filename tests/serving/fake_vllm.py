@@ -1,7 +1,8 @@
 """A small server that speaks vLLM's dialect and answers with a model of ours on the rows it gets.
 
 Started once as a process that loads the model; each line on its stdin (JSON, see `Ways`) makes it
-fork a server on a port of its own, whose {"pid", "port"} it prints. A server is ended by its pid.
+fork a server on a port of its own, whose {"pid", "port"} it prints. A server is ended by its pid,
+which stays its own as long as this process lives, since nobody collects it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import base64
 import io
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -215,7 +215,6 @@ def serve(fake: Fake, ways: Ways, port: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     fake = Fake(Path(sys.argv[1]), Ways())
     print("ready", flush=True)
     for line in sys.stdin:

@@ -151,6 +151,16 @@ def test_stop_strings_end_an_answer(
     assert pieces[-1].finish == "stop"
 
 
+def test_what_was_typed_is_no_image_place(servers: Servers, encoder: Encoder) -> None:
+    typed = {"role": "user", "content": [{"type": "text", "text": "What is <image> here?"}]}
+
+    async def ask() -> list[Piece]:
+        async with Asked(encoder, [servers.start()]) as asked:
+            return await asked.pieces(Question((typed,)))
+
+    assert asyncio.run(ask())[-1].usage.visual_in == 0
+
+
 def test_a_seed_draws_the_same_again(servers: Servers, encoder: Encoder) -> None:
     async def ask() -> list[str]:
         async with Asked(encoder, [servers.start(), servers.start()]) as asked:

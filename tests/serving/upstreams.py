@@ -19,13 +19,12 @@ from tests.tiny_llava import build_model, build_processor
 ROOT = Path(__file__).parents[2]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Server:
     """One of them."""
 
     pid: int
     port: int
-    ended: bool = False
 
     @property
     def url(self) -> str:
@@ -38,10 +37,8 @@ class Server:
             return json.load(answer)
 
     def kill(self) -> None:
-        """Ends it at once; another time it does nothing, since its number may be another's then."""
-        if not self.ended:
-            self.ended = True
-            os.kill(self.pid, signal.SIGKILL)
+        """Ends it at once, where it has not ended; its number cannot be another's meanwhile."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def freeze(self) -> None:
         """It holds its connections, and does nothing more."""
