@@ -24,6 +24,7 @@ class AskedLines:
         draw: how answers are drawn.
         write: takes a record.
         bar: moved by one for each line.
+        seconds: that a line may take.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class AskedLines:
         draw: Decoding,
         write: Callable[[dict[str, Any]], None],
         bar: tqdm[Any],
+        seconds: float,
     ) -> None:
         self._backend, self._source, self._draw = backend, source, draw
-        self._write, self._bar = write, bar
+        self._write, self._bar, self._seconds = write, bar, seconds
 
     async def __call__(self, lines: Sequence[Line], concurrency: int) -> None:
         """Answers lines, and writes each record when it is there.
@@ -56,12 +58,18 @@ class AskedLines:
         for line in left:
             record: dict[str, Any] = {"line": line.number, "key": line.key}
             try:
-                await self._ask(line, record)
+                async with asyncio.timeout(self._seconds):
+                    await self._ask(line, record)
+            except TimeoutError:
+                self._blame(record, f"no answer within {self._seconds:g} seconds")
             except (ValueError, Unavailable, Broken) as error:
-                record["error"] = str(error)
-                self._bar.write(f"line {line.number}: {error}", file=sys.stderr)
+                self._blame(record, str(error))
             self._write(record)
             self._bar.update()
+
+    def _blame(self, record: dict[str, Any], sentence: str) -> None:
+        record["error"] = sentence
+        self._bar.write(f"line {record['line']}: {sentence}", file=sys.stderr)
 
     async def _ask(self, line: Line, record: dict[str, Any]) -> None:
         read = line.record()

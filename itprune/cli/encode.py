@@ -45,6 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--concurrency", type=int, default=32, metavar="N", help="lines under way; default 32"
     )
+    parser.add_argument(
+        "--max-seconds", type=float, default=600.0, metavar="S", help="of a line; default 600"
+    )
     add_upstream_options(parser)
     parser.set_defaults(run=run)
 
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --folder (to write rows) or --upstream (to have answers)")
     check_file_options(args)
     check_least(args, concurrency=1)
+    if not args.max_seconds > 0:
+        raise ValueError(f"--max-seconds: must be above 0, got {args.max_seconds}")
     if args.folder is None:
         return _answer(args)
     if args.output is not None:
@@ -104,6 +109,6 @@ def _answer(args: argparse.Namespace) -> int:
         if left:
             backend = make_upstream(args, Path(args.model).resolve().name)
             with progress(source.count(), len(output.done), args.quiet) as bar:
-                asked = AskedLines(backend, source, draw, output.write, bar)
+                asked = AskedLines(backend, source, draw, output.write, bar, args.max_seconds)
                 asyncio.run(asked(left, args.concurrency))
         return output.tell()

@@ -146,7 +146,7 @@ def refusal(upstream: Upstream, status: int, message: str) -> Exception:
         return Broken(f"the servers behind this one were not started with {missing}")
     if status in (401, 403):
         return Broken(KEY)
-    if status in (404, 405):
+    if status < 400 or status in (404, 405):
         return Broken(UNLIKE)
     if status in (429, 503):
         return Busy()

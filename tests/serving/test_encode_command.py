@@ -143,6 +143,16 @@ def test_lines_are_answered(
     assert read_lines(output) == records
 
 
+def test_a_line_that_takes_too_long_is_an_error(
+    servers: Servers, folder: Path, lines: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--upstream", servers.start(hold=2).url)
+    assert run(*given, "--output", output, "--max-seconds", 0.5, "--concurrency", 4) == 1
+    told = [record["error"] for record in read_lines(output)]
+    assert told[:3] == ["no answer within 0.5 seconds"] * 3
+
+
 def test_no_server_is_one_sentence(folder: Path, lines: Path, tmp_path: Path) -> None:
     given = ("--model", folder, "--jsonl", lines, "--output", tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="--upstream: no server behind this one answers"):
@@ -157,6 +167,7 @@ def test_no_server_is_one_sentence(folder: Path, lines: Path, tmp_path: Path) ->
         (("--jsonl", "x", "--folder", "y", "--upstream", "http://a"), "either --folder"),
         (("--jsonl", "x", "--folder", "y", "--output", "z"), "--output is for the answers"),
         (("--jsonl", "x", "--upstream", "http://a", "--concurrency", "0"), "--concurrency"),
+        (("--jsonl", "x", "--upstream", "http://a", "--max-seconds", "-1"), "--max-seconds"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -413,6 +413,7 @@ def test_a_stock_server_lives_where_all_images_have_one_count(
         ({"status": 400, "message": "Bad thing. Look"}, ValueError, "this request: Bad thing$"),
         ({"status": 400, "message": "You must set `--enable-prompt-embeds` to"}, Broken, "started"),
         ({"status": 404}, Broken, "dialect"),
+        ({"status": 302}, Broken, "dialect"),
         ({"key": "secret"}, Broken, "do not accept its key"),
     ],
 )
