@@ -33,7 +33,7 @@ KEY = "ITPRUNE_API_KEY"
 ENGINES = ("own", "vllm")
 LIMITS = (
     ("--max-mb", "body_mb", "MB", float, "largest request"),
-    ("--max-pixels", "pixels", "N", int, "largest picture"),
+    ("--max-pixels", "pixels", "N", int, "pixels of all pictures of a request"),
     ("--max-images", "images", "N", int, "pictures of one request"),
     ("--max-text", "text", "N", int, "letters of one request"),
     ("--max-new-tokens", "answer", "N", int, "longest answer, and that of who names no length"),

@@ -50,7 +50,17 @@ class Pictures:
         most = self.limits.images
         if len(urls) > most:
             raise ValueError(f"the request has {len(urls)} images, more than {most}")
-        return tuple(read_picture(self._bytes(url), self.limits.pixels) for url in urls)
+        pictures, pixels = [], 0
+        for url in urls:
+            picture = read_picture(self._bytes(url), self.limits.pixels)
+            pixels += picture.width * picture.height
+            if pixels > self.limits.pixels:
+                raise ValueError(
+                    f"the images have more than {self.limits.pixels} pixels together; make them "
+                    "smaller first"
+                )
+            pictures.append(picture)
+        return tuple(pictures)
 
     def _bytes(self, url: str) -> bytes:
         start = url[:10].lower()

@@ -15,8 +15,8 @@ class Limits:
 
     body_mb: float = 20.0
     """Largest request, pictures included, in 10^6 bytes."""
-    pixels: int = 16_000_000
-    """Largest picture; decoded it takes three bytes a pixel, and more in the processor."""
+    pixels: int = 32_000_000
+    """Of all pictures of a request; decoded one takes three bytes, and more in the processor."""
     images: int = 16
     """Pictures of one request."""
     text: int = 100_000

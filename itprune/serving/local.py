@@ -172,21 +172,9 @@ class LocalBackend:
         if self._trouble:
             raise Unavailable(self._trouble)
         stream = LocalStream(self._cancel)
-        taken: asyncio.Future[Exception | None] = self._loop.create_future()
         setting = Setting(request.method, request.keep)
-
-        def submit() -> None:
-            answer = self._submit(stream, asked, setting)
-            self._later(lambda: _settle(taken, answer))
-
-        self._inbox.put(submit)
-        try:
-            refusal = await taken
-        except asyncio.CancelledError:
-            self._cancel(stream)
-            raise
-        if refusal is not None:
-            raise refusal
+        # Not waited for: a turn may be under way for seconds.
+        self._inbox.put(lambda: self._submit(stream, asked, setting))
         return stream
 
     def _cancel(self, stream: LocalStream) -> None:
@@ -230,15 +218,16 @@ class LocalBackend:
             call()
             wait = False
 
-    def _submit(self, stream: LocalStream, asked: Asked, setting: Setting) -> Exception | None:
+    def _submit(self, stream: LocalStream, asked: Asked, setting: Setting) -> None:
         if self._trouble:
-            return Unavailable(self._trouble)
+            self._tell([(stream, Unavailable(self._trouble))])
+            return
         try:
             stream.ticket = self._core.submit(asked, setting)
         except ValueError as error:
-            return error
-        self._streams[stream.ticket] = stream
-        return None
+            self._tell([(stream, error)])
+        else:
+            self._streams[stream.ticket] = stream
 
     def _forget(self, stream: LocalStream) -> None:
         if stream.ticket is not None and self._streams.pop(stream.ticket, None) is not None:
@@ -287,11 +276,6 @@ class LocalBackend:
     def _later(self, work: Callable[[], object]) -> None:
         """Does something on the event loop."""
         self._loop.call_soon_threadsafe(work)
-
-
-def _settle(taken: asyncio.Future[Exception | None], refusal: Exception | None) -> None:
-    if not taken.cancelled():
-        taken.set_result(refusal)
 
 
 def _event(told: Sequence[Told | Failed]) -> Piece | Exception:

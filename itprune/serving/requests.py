@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
@@ -20,7 +22,8 @@ from itprune.serving.schema import Chat, read_chat
 from itprune.web.bodies import Refusal, bounded
 
 READERS = 32
-"""Bodies that are held at a time; further ones wait in their senders."""
+"""Requests that are held at a time, from their bodies until a backend has taken in their pictures;
+further ones wait in their senders."""
 DECODERS = 2
 """Requests whose pictures are opened at a time; a large one takes a hundred megabytes meanwhile."""
 
@@ -38,8 +41,9 @@ class Reader:
         self._readers = asyncio.Semaphore(READERS)
         self._decoders = asyncio.Semaphore(DECODERS)
 
-    async def __call__(self, http: HttpRequest, facts: Facts) -> tuple[Chat, Request]:
-        """What a client wants, and what a backend is to do.
+    @asynccontextmanager
+    async def reading(self, http: HttpRequest, facts: Facts) -> AsyncIterator[tuple[Chat, Request]]:
+        """What a client wants, and what a backend is to do; for a block that takes it in.
 
         Raises:
             ApiError: it cannot be read, or is beyond a limit.
@@ -47,7 +51,9 @@ class Reader:
         async with self._readers:
             body = await self._body(http)
             async with self._decoders:
-                return await run_in_threadpool(self._read, body, facts)
+                chat, request = await run_in_threadpool(self._read, body, facts)
+            del body
+            yield chat, request
 
     async def _body(self, http: HttpRequest) -> bytes:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()

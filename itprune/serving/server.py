@@ -58,7 +58,7 @@ class Endpoint:
         self.gate = Gate()
         self.metrics = Metrics(backend.gauges)
         self._pace = Pace(limits.rate)
-        self._read = Reader(limits, pictures)
+        self._reader = Reader(limits, pictures)
 
     # --------------------------------------------------------------------------- addresses
     async def models(self, http: HttpRequest) -> Response:
@@ -98,24 +98,24 @@ class Endpoint:
                 if not chat.stream:
                     return JSONResponse(await _whole(course, piece, reply))
             events = _events(course, piece, reply, chat.usage)
-            return EventStream(events, stack.pop_all().aclose)
+            return EventStream(events, stack.pop_all().aclose, self.limits.seconds)
 
     async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
         """Hands a request to the backend; its pictures are held no longer than that takes."""
         facts = self.backend.facts()
-        chat, request = await self._read(http, facts)
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                stream = await self.backend.ask(request)
-        except ValueError as error:
-            raise refused(error) from None
-        except Unavailable as error:
-            raise busy(sentence_of(error)) from None
-        except Broken as error:
-            raise ApiError(500, sentence_of(error), "failed") from None
-        except TimeoutError:
-            raise busy(LATE) from None
+        async with self._reader.reading(http, facts) as (chat, request):
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    stream = await self.backend.ask(request)
+            except ValueError as error:
+                raise refused(error) from None
+            except Unavailable as error:
+                raise busy(sentence_of(error)) from None
+            except Broken as error:
+                raise ApiError(500, sentence_of(error), "failed") from None
+            except TimeoutError:
+                raise busy(LATE) from None
         course = Course(stream, began, self.limits.seconds, self.gate, self.metrics)
         return chat, Reply.to(request, facts), course
 

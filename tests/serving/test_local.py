@@ -115,9 +115,10 @@ def test_a_client_who_leaves_gives_up_row_and_memory(folder: Path) -> None:
 
     async def leave() -> tuple[str, Piece]:
         long = [await backend.ask(request(max_new_tokens=512)) for _ in range(2)]
-        async for _ in long[0]:
-            break
-        assert [gauge.value for gauge in backend.gauges()][:2] == [1, 1]  # waiting, running
+        async for piece in long[0]:
+            assert piece.finish is None
+            if [gauge.value for gauge in backend.gauges()][:2] == [1, 1]:  # waiting, running
+                break
         for stream in long:
             await stream.aclose()
             await stream.aclose()
@@ -132,7 +133,7 @@ def test_what_can_never_fit_is_refused_at_once(folder: Path) -> None:
 
     async def ask() -> None:
         with pytest.raises(ValueError, match="memory for keys and values"):
-            await backend.ask(request(max_new_tokens=900))
+            await answer(backend, request(max_new_tokens=900))
         words = Question.from_prompt("red " * 2000)
         with pytest.raises(TooLong, match="context holds 1024"):
             await backend.ask(request(question=words))

@@ -201,6 +201,17 @@ def test_a_request_that_takes_too_long_to_come_in(backend: Scripted) -> None:
         connection.close()
 
 
+def test_a_client_who_does_not_read_is_cut_off(backend: Scripted) -> None:
+    with served(backend, limited(seconds=0.5)) as (url, _):
+        connection = open_stream(url)
+        backend.tell(stream_of(backend), *[said("a" * 1_000_000)] * 30, said("", "stop"))
+        assert backend.closed.get(timeout=WAIT)
+        answer = connection.getresponse()
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+        connection.close()
+
+
 def test_more_than_may_be_under_way(backend: Scripted) -> None:
     with served(backend, limited(requests=1)) as (url, _):
         asking = Asking(url)

@@ -232,6 +232,11 @@ def test_a_head_that_is_too_large_or_no_http(url: str) -> None:
             "text or image_url",
         ),
         ({"messages": asked(*[PICTURE] * 4)}, "messages", "4 images, more than 3"),
+        (
+            {"messages": asked(*[data_url(png((300, 300)))] * 3)},
+            "messages",
+            "more than 200000 pixels together",
+        ),
         ({"messages": asked(text="a" * 2001)}, "messages", "2001 letters"),
     ],
 )
