@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def test_closing_ends_answers_and_takes_no_more(folder: Path) -> None:
         assert "stopping" in backend.trouble()
 
     running(backend, close)
-    assert not [thread for thread in threading.enumerate() if thread.name == "itprune-model"]
+    assert not backend._thread.is_alive()
 
 
 def test_a_core_that_breaks_says_so_and_does_not_spin(
