@@ -18,6 +18,52 @@ from itprune.decoding import Decoding, RowSampler
 from itprune.streaming import Text
 
 
+class Decoded:
+    """The text of a growing list of tokens, without decoding all of them each time.
+
+    What stands far behind is settled: only tokens since then are decoded, with some before them for
+    the sake of spaces. Where that is not what the whole would be, the whole is decoded for good.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    EVERY, CONTEXT = 64, 8
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._settles = True
+        self._settled = ("", "", 0)
+        """Text so far, that of the context alone, and how many tokens they stand for."""
+
+    def __call__(self, ids: list[int]) -> str:
+        """The text of tokens that begin with those of the call before."""
+        if self._settles and len(ids) >= self._settled[2] + self.EVERY + self.CONTEXT:
+            self._settle(ids)
+        text, context, end = self._settled
+        if not end:
+            return self._decode(ids)
+        new = self._decode(ids[end - self.CONTEXT :])
+        if not new.startswith(context):
+            return self._decode(ids)
+        return text + new[len(context) :]
+
+    def _settle(self, ids: list[int]) -> None:
+        end = len(ids) - self.CONTEXT
+        text = self._decode(ids[:end])
+        if text.endswith(Text.BROKEN):  # in the middle of a letter
+            return
+        self._settled = (text, self._decode(ids[end - self.CONTEXT : end]), end)
+        self._settles = False  # until it is seen to be right
+        self._settles = self(ids) == self._decode(ids)
+        if not self._settles:
+            self._settled = ("", "", 0)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
 class Said(Text):
     """The text of an answer, piece by piece, up to the first of its stop strings.
 
@@ -31,11 +77,12 @@ class Said(Text):
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         super().__init__(tokenizer)
         self.stop = tuple(text for text in stop if text)
+        self._decoded = Decoded(tokenizer)
         self.ended = False
         """A stop string was said."""
 
     def whole(self) -> str:
-        text: str = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self._decoded(self.ids)
         ends = [at for at in map(text.lstrip().find, self.stop) if at >= 0]
         self.ended = bool(ends)
         return (text.lstrip()[: min(ends)] if ends else text).strip()

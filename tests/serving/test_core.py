@@ -16,9 +16,7 @@ from itprune.question import Question
 from itprune.serving.admission import Admission, Ledger, Need, spare_bytes
 from itprune.serving.core import FAILED, NO_MEMORY, Core, Failed, Setting, Ticket, Told
 from itprune.serving.running import Asked
-from itprune.serving.saying import Said
 from tests.chat_models import load, picture
-from tests.tiny_llava import build_tokenizer
 
 GB = 10**9
 DENSE = Setting("itprune", 1.0)
@@ -241,27 +239,3 @@ def test_a_stop_string_ends_the_answer_before_it() -> None:
     assert last.finish == "stop"
     assert said(told, other) == alone(3, HALF)
     core.close()
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "heard"),
-    [
-        ("The square is red.", ["is"], "The square"),
-        ("The square is red.", ["red!", "area"], "The square is red."),
-        ("The square is red.", ["circle", "square is", "The squirrel"], "The"),
-        ("The square is red.", [], "The square is red."),
-        ("The square", [""], "The square"),
-        ("green blue", ["green"], ""),
-        ("0 1 2 3", ["2 4", "3"], "0 1 2"),
-    ],
-)
-def test_pieces_never_hold_what_a_stop_string_takes(text: str, stop: list[str], heard: str) -> None:
-    tokenizer = build_tokenizer()
-    own, pieces = Said(tokenizer, stop), ""
-    for token in tokenizer(text, add_special_tokens=False).input_ids:
-        pieces += own.add(token)
-        assert heard.startswith(pieces)
-        if own.ended:
-            break
-    assert pieces + own.rest() == heard
-    assert own.ended == (heard != text)
