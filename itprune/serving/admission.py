@@ -94,7 +94,7 @@ class Ledger:
         Raises:
             ValueError: it takes more than there is, were it alone.
         """
-        wanted = self._bytes(1, [need.width(window) for window in self.windows])
+        wanted = self.bytes(1, [need.width(window) for window in self.windows])
         if wanted > self.limits.kv_bytes:
             raise ValueError(
                 f"the request may need {wanted / MB:.0f} MB of memory for keys and values, but "
@@ -102,29 +102,50 @@ class Ledger:
                 "lower keep, or with smaller pictures"
             )
 
-    def fits(self, batch: Batch, needs: Sequence[Need]) -> bool:
-        """Whether newcomers may join the rows of a batch, all together."""
-        rows = len(batch.rows) + len(needs)
-        if rows > self.limits.rows:
-            return False
-        if len(needs) > 1 and sum(need.prompt for need in needs) > self.limits.prompt_tokens:
-            return False
-        return self._bytes(rows, self._widths(batch, needs)) <= self.limits.kv_bytes
-
-    def _widths(self, batch: Batch, needs: Sequence[Need]) -> list[int]:
-        """Columns of each layer at the end."""
+    def claim(self, batch: Batch) -> Claim:
+        """What the rows of a batch take, for newcomers to claim the rest."""
         left = [row.room - len(row.said.ids) for row in batch.rows]
         places = list(zip(batch.cache.rows, left, strict=True))
-        return [
-            max(
-                [place.length(layer) + more for place, more in places]
-                + [need.width(window) for need in needs]
-            )
-            for layer, window in enumerate(self.windows)
+        widths = [
+            max((place.length(layer) + more for place, more in places), default=0)
+            for layer in range(len(self.windows))
         ]
+        return Claim(self, len(batch.rows), widths)
 
-    def _bytes(self, rows: int, widths: Sequence[int]) -> int:
+    def bytes(self, rows: int, widths: Sequence[int]) -> int:
+        """Keys and values of so many rows.
+
+        Args:
+            rows: of the batch.
+            widths: columns of each layer.
+        """
         return sum(math.prod(room(rows, width)) for width in widths) * self.entry
+
+
+@dataclass
+class Claim:
+    """Rows of a batch and newcomers, when all of them have ended."""
+
+    ledger: Ledger
+    rows: int
+    widths: list[int]
+    """Columns of each layer."""
+    prompts: int = 0
+    """Prompt tokens of the newcomers."""
+
+    def take(self, need: Need) -> bool:
+        """One more newcomer; False: it does not fit, and nothing is taken."""
+        limits, windows = self.ledger.limits, self.ledger.windows
+        rows, prompts = self.rows + 1, self.prompts + need.prompt
+        many = self.prompts > 0 and prompts > limits.prompt_tokens
+        if rows > limits.rows or many:
+            return False
+        pairs = zip(self.widths, windows, strict=True)
+        widths = [max(width, need.width(window)) for width, window in pairs]
+        if self.ledger.bytes(rows, widths) > limits.kv_bytes:
+            return False
+        self.rows, self.widths, self.prompts = rows, widths, prompts
+        return True
 
 
 def spare_bytes(device: torch.device) -> int:

@@ -147,10 +147,13 @@ class Core:
     def _next(self) -> list[Ticket]:
         """Takes out of the line who comes now: all of one setting, the first of the line first."""
         group: list[Ticket] = []
+        if not self._line:
+            return group
+        claim = self.ledger.claim(self.batch)
         for ticket in self._line:
             if group and ticket.setting != group[0].setting:
                 continue
-            if not self.ledger.fits(self.batch, [one.need for one in (*group, ticket)]):
+            if not claim.take(ticket.need):
                 break
             group.append(ticket)
         for ticket in group:

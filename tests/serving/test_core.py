@@ -113,7 +113,7 @@ def test_rows_beyond_the_limit_wait() -> None:
 def test_bytes_stay_below_their_limit_and_nobody_is_lost() -> None:
     need = Need.of(40, 16, 0.5, 30)
     ledger = Ledger(answerer().text_config, torch.float32, Admission(kv_bytes=GB))
-    one = ledger._bytes(1, [need.width(None)] * len(ledger.windows))
+    one = ledger.bytes(1, [need.width(None)] * len(ledger.windows))
     core = limited(kv_bytes=3 * one)
     tickets = [core.submit(asked(number, 20), HALF) for number in range(8)]
     told, most = [], 0

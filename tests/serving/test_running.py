@@ -150,6 +150,16 @@ def test_windows_that_pass_over_the_prompt() -> None:
         check(batch)
 
 
+def test_a_layer_with_a_window_stores_no_more_of_a_prompt() -> None:
+    with watched("gemma3") as batch:
+        batch.add("itprune", [batch.asking.asked(2, 5)])
+        (place,) = batch.batch.cache.rows
+        windows = batch.batch.windows
+        assert set(windows) == {None, 12}
+        counts = dict(zip(windows, place.counts, strict=True))
+        assert counts[12] <= 11 < counts[None]
+
+
 # ------------------------------------------------------------------------------ memory
 def test_memory_follows_the_rows() -> None:
     with watched("llava") as batch:
