@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from itprune import load_pretrained
 from itprune.question import Question
@@ -83,6 +84,22 @@ def test_a_whole_model_encodes_as_well(folder: Folder) -> None:
     question = questions()[2]
     pairs = [one.encode([one.prepare(question)])[0] for one in (whole, half)]
     assert torch.equal(pairs[0].features, pairs[1].features)
+
+
+def test_adapters_on_the_projector_count(folder: Folder, tmp_path: Path) -> None:
+    loaded = load_pretrained(folder("llava"), device="cpu")
+    plain = LoraConfig(target_modules=["linear_1", "q_proj"], init_lora_weights=False)
+    get_peft_model(loaded.model, plain).save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    half = Encoder.load(tmp_path, keep=0.4, device="cpu")
+    whole = Encoder(load_pretrained(tmp_path, keep=0.4, device="cpu", merge=True))
+    base = Encoder.load(folder("llava"), keep=0.4, device="cpu")
+    question = questions()[1]
+    found, wanted, other = (
+        one.encode([one.prepare(question)], keep=1.0)[0].features for one in (half, whole, base)
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (found - other).abs().max() > 0.01
 
 
 def test_a_method_is_changed_and_comes_back(folder: Folder) -> None:
