@@ -121,13 +121,7 @@ class Answerer:
             TooLong: the prompt does not fit the model's context.
             ValueError: the processor refuses it.
         """
-        start = time.perf_counter()
-        texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
-        for token in self.reserved:
-            if any(token in text for text in texts):
-                raise ValueError(f"the text contains {token}, a token of the model's images")
-        inputs = self._inputs(question)
-        encoded = Encoded(inputs, time.perf_counter() - start)
+        encoded = self.prepare(question)
         if encoded.length >= self.text_config.max_position_embeddings:
             raise TooLong(
                 f"the prompt has {encoded.length} tokens with its images, but the model's context "
@@ -135,15 +129,22 @@ class Answerer:
             )
         return encoded
 
+    def prepare(self, question: Question) -> Encoded:
+        """The same, whatever its length. Raises ValueError: the processor refuses it."""
+        start = time.perf_counter()
+        texts = [p["text"] for m in question.messages for p in m["content"] if p["type"] == "text"]
+        for token in self.reserved:
+            if any(token in text for text in texts):
+                raise ValueError(f"the text contains {token}, a token of the model's images")
+        return Encoded(self._inputs(question), time.perf_counter() - start)
+
     def _inputs(self, question: Question) -> dict[str, Tensor]:
         """The processor's tensors; those of tokens without their batch axis."""
         options = {}
         if self.plain:
             text = plain_prompt(question.messages, self.processor.image_token)
         else:
-            text = self._render([self._ended(m) for m in question.messages], prompt=True)
-            bos = self.processor.tokenizer.bos_token
-            options["add_special_tokens"] = bos is None or not text.startswith(bos)
+            text, options["add_special_tokens"] = self.prompt(question)
         # Images of a row together: some families cut a lone image into tiles, but not several.
         images = [list(question.images)] if question.images else None
         inputs = self.processor(text=[text], images=images, return_tensors="pt", **options)
@@ -152,6 +153,12 @@ class Answerer:
             for key, value in inputs.items()
             if key != "labels"  # which some make of every prompt
         }
+
+    def prompt(self, question: Question) -> tuple[str, bool]:
+        """What the chat template writes, and whether the tokenizer is to add its special tokens."""
+        text = self._render([self.ended(m) for m in question.messages], prompt=True)
+        bos = self.processor.tokenizer.bos_token
+        return text, bos is None or not text.startswith(bos)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         try:
@@ -169,7 +176,7 @@ class Answerer:
             return ""
         return self.processor.tokenizer.eos_token or ""
 
-    def _ended(self, message: dict[str, Any]) -> dict[str, Any]:
+    def ended(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message of the history as training saw it."""
         content = message["content"]
         if message["role"] != "assistant" or not content or content[-1]["type"] != "text":

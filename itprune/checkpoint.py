@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,9 @@ from itprune.calibration import Calibration
 from itprune.config import PruneConfig
 from itprune.inputs import bad_config, load_processor
 from itprune.prompt import PromptFormat
+from itprune.tower import strip
 from itprune.trained import is_trained
+from itprune.writing import replace_text
 
 FORMAT = 1
 PRUNER_FILE = "pruner.json"
@@ -91,9 +92,7 @@ class PrunerRecord:
     def write(self, folder: Path) -> None:
         """Replaces pruner.json in one step, so a crash leaves the old one."""
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{PRUNER_FILE}.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(partial, folder / PRUNER_FILE)
+        replace_text(folder / PRUNER_FILE, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def save_pruner(
@@ -147,6 +146,7 @@ def load_pretrained(
     merge: bool = False,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    llm: bool = True,
 ) -> Loaded:
     """Loads a folder written by `save_pretrained`, or an ordinary model folder.
 
@@ -159,6 +159,8 @@ def load_pretrained(
         merge: fold LoRA into the base weights.
         dtype: default float32 on a CPU, the checkpoint's own elsewhere.
         device: default CUDA where there is one.
+        llm: False: only what makes visual tokens, and the token embeddings, which stay on the CPU
+            in their own type; the language model is not read, unless adapters are merged into it.
 
     Raises:
         ValueError: a wrong folder, missing weights, an unknown family, method or option, a package
@@ -168,8 +170,13 @@ def load_pretrained(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_folder(folder)
     processor = load_processor(folder)  # first: what it lacks is known before gigabytes are read
-    model = load_model(folder, dtype or (torch.float32 if device.type == "cpu" else "auto"), merge)
-    model.to(device).eval()
+    wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    if llm:
+        model = load_model(folder, wanted, merge).to(device)
+    else:  # opened in its own type, so that what is let go of is never read
+        own = load_model(folder, "auto", merge=True)
+        model = strip(own, device, wanted if isinstance(wanted, torch.dtype) else None)
+    model.eval()
     record = _record(folder, processor, keep, method, options)
     attached = None
     if record is not None:

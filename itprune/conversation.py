@@ -266,8 +266,10 @@ class Conversation:
 
     def _without_places(self, answer: str) -> str:
         """An answer as history: a model may spell what stands for an image, and there is none."""
-        for place in (IMAGE, *self._answerer.reserved):
-            answer = answer.replace(place, "")
+        places = (IMAGE, *self._answerer.reserved)
+        while any(place in answer for place in places):  # one may stand inside another
+            for place in places:
+                answer = answer.replace(place, "")
         return answer
 
 

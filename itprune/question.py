@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from itprune.options import nearest
@@ -22,6 +23,10 @@ from itprune.options import nearest
 IMAGE = "<image>"
 MAX_PIXELS = 89_478_485
 """Pillow's own limit, where it only warns."""
+MAX_RATIO = 200
+"""A processor that resizes the shorter side would make gigabytes of a thinner picture."""
+PROGRAMS = ("EPS",)
+"""Formats that Pillow would hand to an interpreter (Ghostscript), whatever the file is called."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -189,7 +194,7 @@ def open_image(source: str | Path | io.BytesIO) -> Image.Image:
     """Reads an image as RGB.
 
     Raises:
-        ValueError: missing, unreadable, or more pixels than a picture honestly has.
+        ValueError: missing, unreadable, or of a size or kind that no picture honestly has.
     """
     if not isinstance(source, io.BytesIO) and not Path(source).is_file():
         raise ValueError(f"missing image {source}")
@@ -198,17 +203,39 @@ def open_image(source: str | Path | io.BytesIO) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
         with image:
-            # The header alone must not make us decode gigabytes.
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"image {source} has {image.width}x{image.height} pixels, more than "
-                    f"{MAX_PIXELS}; make it smaller first"
-                )
-            return image.convert("RGB")
+            wrong = refusal(image)  # the header alone must not make us decode gigabytes
+            if not wrong:
+                return as_rgb(image)
     except Image.DecompressionBombError:
         raise ValueError(
             f"image {source} has more than {2 * MAX_PIXELS} pixels; make it smaller first"
         ) from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # as Pillow's decoders fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"unreadable image {source} ({reason})") from None
+    raise ValueError(f"image {source} {wrong}")
+
+
+def refusal(image: Image.Image) -> str:
+    """Why an image whose header was read is not decoded; empty: it may be."""
+    size = f"{image.width}x{image.height}"
+    if image.width * image.height > MAX_PIXELS:
+        return f"has {size} pixels, more than {MAX_PIXELS}; make it smaller first"
+    if is_thin(image.size):
+        return f"has {size} pixels, one side more than {MAX_RATIO} times the other; crop it first"
+    if image.format in PROGRAMS:
+        return f"is a program ({image.format}), not a picture; save it as PNG first"
+    return ""
+
+
+def is_thin(size: tuple[int, int]) -> bool:
+    """Whether width and height are those of a line."""
+    return max(size) > MAX_RATIO * min(size)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB, eight bits a channel; 16 bits of grey are scaled, where Pillow would cut
+    off all that is above 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")

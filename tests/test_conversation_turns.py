@@ -146,6 +146,7 @@ def test_an_answer_that_spells_an_image_is_history_without_it() -> None:
     talk = Conversation(loaded, SHORT)
     said = talk._without_places("a <image> b")
     assert said == "a  b"
+    assert talk._without_places("a <im<image>age> b") == "a  b"
     loaded.model.get_output_embeddings().register_forward_hook(
         lambda module, args, out: out.index_fill(-1, torch.tensor(3), 99.0)
     )

@@ -1,8 +1,9 @@
 """Fingerprints of data files: whether two runs read the same.
 
-A file up to 64 MB is hashed whole. Of a larger one its two ends and 64 blocks spread evenly between
-them are, which a changed, cut or reordered file does not pass, but a few changed bytes may; every
-fingerprint says which of the two it is. Images are not looked at.
+A file up to 64 MB is hashed whole. Of a larger one, and of the files of an entry that come to more
+than 1 GB together (shards), its two ends and 64 blocks spread evenly between them are, which a
+changed, cut or reordered file does not pass, but a few changed bytes may; every fingerprint says
+which of the two it is. Images beside a data file are not looked at.
 """
 
 from __future__ import annotations
@@ -16,25 +17,38 @@ from train.data.formats import files_of
 
 WHOLE = 64 * 1024 * 1024
 """Bytes up to which a file is hashed whole."""
-END = 1024 * 1024
+TOGETHER = 1024 * 1024 * 1024
+"""Bytes up to which this holds for all files of an entry."""
+END = 128 * 1024
 """Bytes of each end of a larger one."""
 BLOCKS = 64
 BLOCK = 4096
+SAMPLE = 2 * END + BLOCKS * BLOCK
 SAMPLED = f"both ends ({END} bytes each) and {BLOCKS} blocks of {BLOCK} bytes, spread evenly"
 
 
-def fingerprints(names: Sequence[str], whole: int = WHOLE) -> list[dict[str, Any]]:
+def fingerprints(
+    names: Sequence[str], whole: int = WHOLE, together: int = TOGETHER
+) -> list[dict[str, Any]]:
     """Of all files that entries of `data.train` or `data.val` name.
 
     Args:
         names: the entries: files, patterns, folders, names on the hub.
         whole: bytes up to which a file is hashed whole.
+        together: bytes of an entry up to which its files are.
 
     Returns:
         {"name", "bytes", "sha256", "of"} for each file; `of` says what was hashed, or why nothing
         was.
     """
-    return [_of_file(path, whole) for name in names for path in _files(name)]
+    return [one for name in names for one in _of_entry(list(_files(name)), whole, together)]
+
+
+def _of_entry(paths: Sequence[Path], whole: int, together: int) -> Iterator[dict[str, Any]]:
+    """Of the files of one entry, so that what stands beside it in a mixture changes nothing."""
+    few = sum(path.stat().st_size for path in paths if path.exists()) <= together
+    for path in paths:
+        yield _of_file(path, whole if few else min(whole, SAMPLE))
 
 
 def _files(name: str) -> Iterator[Path]:

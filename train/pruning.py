@@ -18,6 +18,7 @@ from itprune.attach import check_budgets
 from itprune.checkpoint import PRUNER_FILE, PRUNER_WEIGHTS, PrunerRecord, save_pruner
 from itprune.engine.request import PIXELS
 from itprune.methods.dyvte import Dyvte
+from itprune.writing import replace_text
 from train.bad_samples import Bad
 from train.data.collate import BAD, PLACES, Collator
 from train.data.dataset import SampleDataset
@@ -207,9 +208,7 @@ def save_beside(
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes the resolved recipe into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RECIPE_NAME}"
-    partial.write_text(recipe.to_yaml(), encoding="utf-8")
-    partial.replace(folder / RECIPE_NAME)
+    replace_text(folder / RECIPE_NAME, recipe.to_yaml())
 
 
 def calibration_batches(

@@ -20,14 +20,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from itprune.bench.record import versions
 from itprune.reporting import RUN_FILE
 from itprune.reporting.metrics import metrics_of
+from itprune.writing import replace_text
 from train.fingerprint import fingerprints
 from train.guards.faults import Fault, first_line, told
 from train.launcher import Launch
 from train.recipe.config import Recipe
-from train.surroundings import code, launcher, place, without_secrets
+from train.surroundings import code, launcher, place, safe, software, without_secrets
 
 FORMAT = 1
 EVERY = 60.0
@@ -85,7 +85,7 @@ class Record:
             "from_checkpoint": checkpoint.name if checkpoint is not None else None,
             "command": without_secrets(sys.argv),
             "recipe": recipe.to_dict(),
-            "versions": versions(),
+            "versions": software(),
             "git": code(),
             "machine": place(args.device),
             "launcher": launcher(launch),
@@ -161,15 +161,14 @@ class Record:
     def _write(self) -> None:
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}")
         with self._lock:
             self.attempt["seen"] = _now()
             self._written = time.monotonic()
-            text = json.dumps({"format": FORMAT, "attempts": self._attempts}, indent=1, default=str)
+            record = safe({"format": FORMAT, "attempts": self._attempts})
+            text = json.dumps(record, indent=1, default=str)
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(text + "\n", encoding="utf-8")
-                partial.replace(self.path)
+                replace_text(self.path, text + "\n")
             except OSError as error:
                 self._tell(error)
 
@@ -202,7 +201,7 @@ def earlier(path: Path) -> list[dict[str, Any]]:
         return [_settled(attempt) for attempt in found]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         aside = path.with_name(f"{path.name}.damaged")
         print(f"{path}: cannot be read and is kept as {aside.name}", file=sys.stderr)
         try:

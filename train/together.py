@@ -27,11 +27,20 @@ def together(processes: int) -> Iterator[None]:
 
 
 def wait(processes: int) -> None:
-    """Returns when all processes have called it."""
+    """Returns when all processes have called it.
+
+    Raises:
+        ValueError: one of them has ended.
+    """
     if processes > 1:
         import torch.distributed as dist
 
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # of gloo, about sockets
+            raise ValueError(
+                "another process of this job has ended; its message says why"
+            ) from None
 
 
 def own_device(device: str | None) -> str | None:

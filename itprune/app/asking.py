@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
@@ -12,20 +12,11 @@ from starlette.requests import Request
 
 from itprune.app.limits import Limits
 from itprune.app.session import Ask
+from itprune.web.bodies import Refusal, bounded
 
 FIELDS = ("prompt", "method", "keep", "max_new_tokens", "beside")
 LONGEST = 128
 """Tokens of an answer where nothing is said of it."""
-DRAIN = 4
-"""Times the limit a refused upload is read on, so that its sender hears the answer."""
-
-
-class Refusal(Exception):
-    """An answer to a request that cannot be met: an HTTP status and one sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence = status, sentence
 
 
 class InMemory(MultiPartParser):
@@ -43,9 +34,9 @@ async def read_ask(request: Request, limits: Limits) -> Ask:
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise Refusal(415, "send a form of type multipart/form-data with picture and prompt")
-    parser = InMemory(
-        request.headers, _bounded(request, limits), max_files=1, max_fields=len(FIELDS)
-    )
+    too_large = f"the upload is larger than {limits.body_mb:g} MB; use a smaller picture"
+    body = bounded(request, limits.body_bytes, too_large)
+    parser = InMemory(request.headers, body, max_files=1, max_fields=len(FIELDS))
     try:
         async with asyncio.timeout(limits.upload_seconds):
             form = await parser.parse()
@@ -71,7 +62,7 @@ def _ask(picture: bytes, fields: Mapping[str, str]) -> Ask:
         raise Refusal(422, f"the form lacks the field {missing[0]}")
     return Ask(
         picture=picture,
-        prompt=fields["prompt"],
+        prompt=fields["prompt"].replace("\r\n", "\n"),  # how browsers write a line break in forms
         method=fields["method"],
         keep=_number("keep", fields["keep"]),
         max_new_tokens=_whole("max_new_tokens", fields["max_new_tokens"]),
@@ -90,18 +81,3 @@ def _whole(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise Refusal(422, f"{name}: must be a whole number")
     return int(text)
-
-
-async def _bounded(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
-    """The body, up to the limit."""
-    size, most = 0, limits.body_bytes
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= most:
-            yield chunk
-        elif size > DRAIN * most:
-            break
-    if size > most:
-        raise Refusal(
-            413, f"the upload is larger than {limits.body_mb:g} MB; use a smaller picture"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -12,14 +12,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from itprune.app.asking import Refusal, read_ask
-from itprune.app.guards import Guards
-from itprune.app.session import Event, Session
+from itprune.app.asking import read_ask
+from itprune.app.policy import HEADERS
+from itprune.app.session import Ask, Event, Session
 from itprune.app.worker import END, Full, Job, Worker
+from itprune.web.bodies import Refusal
+from itprune.web.events import EventStream
+from itprune.web.guards import Guards
 
 STATIC = {
     "/": ("itprune.app", "static/index.html", "text/html"),
@@ -37,13 +39,16 @@ DECODERS = 2
 SENTENCES = {404: "there is nothing at this address", 405: "this address does not take that"}
 
 
-def make_app(session: Session, worker: Worker, host: str = "127.0.0.1") -> Starlette:
+def make_app(
+    session: Session, worker: Worker, host: str = "127.0.0.1", names: Iterable[str] = ()
+) -> Starlette:
     """The application.
 
     Args:
         session: answers, and knows what may be asked.
         worker: started; serves the session.
         host: the address the server is bound to.
+        names: further names it goes by.
     """
     asker = _Asker(session, worker)
     routes = [Route(path, _static(*where)) for path, where in STATIC.items()]
@@ -53,7 +58,7 @@ def make_app(session: Session, worker: Worker, host: str = "127.0.0.1") -> Starl
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guards, host=host)],
+        middleware=[Middleware(Guards, host=host, refuse=_stranger, names=names, headers=HEADERS)],
         exception_handlers={
             Refusal: _refuse,
             HTTPException: _refuse_address,
@@ -78,17 +83,18 @@ class _Asker:
     def __init__(self, session: Session, worker: Worker) -> None:
         self.session, self.worker = session, worker
         self.decoders = asyncio.Semaphore(DECODERS)
+        self.uploads = 0
+        """Those that are being read or checked; each may hold `body_mb` of memory."""
 
     async def ask(self, request: Request) -> Response:
         """An upload in, events out as they come (text/event-stream)."""
-        if self.worker.full:  # before the upload is read
+        if self.worker.full or self.uploads >= self.worker.waiting:  # before the upload is read
             raise _busy()
-        ask = await read_ask(request, self.session.limits)
+        self.uploads += 1
         try:
-            async with self.decoders:
-                await run_in_threadpool(self.session.check, ask)
-        except ValueError as error:
-            raise Refusal(422, str(error)) from None
+            ask = await self._read(request)
+        finally:
+            self.uploads -= 1
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -101,26 +107,20 @@ class _Asker:
             self.worker.join(job)
         except Full:
             raise _busy() from None
-        return EventStream(events, lambda: self.worker.leave(job))
 
+        async def left() -> None:
+            self.worker.leave(job)
 
-class EventStream(StreamingResponse):
-    """Server-sent events up to `END`.
+        return EventStream(_lines(events), left)
 
-    Args:
-        events: where they come in.
-        left: called when the stream is over, also where the visitor has gone before it began.
-    """
-
-    def __init__(self, events: asyncio.Queue[Event], left: Callable[[], None]) -> None:
-        super().__init__(_lines(events), media_type="text/event-stream")
-        self.left = left
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _read(self, request: Request) -> Ask:
+        ask = await read_ask(request, self.session.limits)
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.left()
+            async with self.decoders:
+                await run_in_threadpool(self.session.check, ask)
+        except ValueError as error:
+            raise Refusal(422, str(error)) from None
+        return ask
 
 
 async def _lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
@@ -138,6 +138,10 @@ async def _lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
 # ------------------------------------------------------------------------------------ refusals
 def _busy() -> Refusal:
     return Refusal(503, "too many questions are waiting; try again in a minute")
+
+
+def _stranger(sentence: str) -> Response:
+    return JSONResponse({"error": sentence}, 403)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterable
 from types import FrameType
 
 import uvicorn
@@ -11,6 +12,7 @@ import uvicorn
 from itprune.app.server import make_app
 from itprune.app.session import Session
 from itprune.app.worker import Worker
+from itprune.web.connection import Connection
 
 CONNECTIONS = 256
 """Open at a time; further ones are told that the server is busy."""
@@ -34,18 +36,20 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(session: Session, listener: socket.socket, host: str) -> None:
-    """Serves until the process is told to end.
+def configure(
+    session: Session, worker: Worker, host: str, names: Iterable[str] = ()
+) -> uvicorn.Config:
+    """What uvicorn is told.
 
     Args:
         session: the model.
-        listener: where visitors come in.
+        worker: started; serves the session.
         host: the address as the user named it.
+        names: further names the server goes by.
     """
-    worker = Worker(session, session.limits.waiting)
-    worker.start()
-    config = uvicorn.Config(
-        make_app(session, worker, host),
+    return uvicorn.Config(
+        make_app(session, worker, host, names),
+        http=Connection,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -56,6 +60,20 @@ def serve(session: Session, listener: socket.socket, host: str) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
+
+
+def serve(session: Session, listener: socket.socket, host: str, names: Iterable[str] = ()) -> None:
+    """Serves until the process is told to end.
+
+    Args:
+        session: the model.
+        listener: where visitors come in.
+        host: the address as the user named it.
+        names: further names the server goes by.
+    """
+    worker = Worker(session, session.limits.waiting)
+    worker.start()
+    config = configure(session, worker, host, names)
     try:
         with contextlib.suppress(
             KeyboardInterrupt

@@ -11,10 +11,10 @@ from PIL import Image
 from itprune.answer import Answerer, Encoded
 from itprune.app.kept import kept_patches
 from itprune.app.limits import Limits
-from itprune.app.pictures import read_picture
 from itprune.app.streaming import Listener, StreamingAnswerer
 from itprune.app.where import Spot, find_spots
 from itprune.attach import Attached
+from itprune.calibration import Calibration
 from itprune.checkpoint import Loaded
 from itprune.comparing.entries import DENSE, Case, Entry
 from itprune.comparing.subject import Subject
@@ -25,8 +25,11 @@ from itprune.methods import methods
 from itprune.options import check_choice, check_fraction
 from itprune.question import Question
 from itprune.trace import Trace
+from itprune.web.pictures import read_picture
+from itprune.web.texts import as_text
 
 PRUNED = "pruned"
+UNCALIBRATED = "not calibrated for this model: it may keep more or fewer tokens than asked for"
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
 
@@ -72,7 +75,7 @@ class Session:
         return {
             "model": self.name,
             "family": self.subject.model.config.model_type,
-            "methods": [{"name": n, "title": title} for n, title in self.offered.items()],
+            "methods": list(self.offered.values()),
             "method": self.method,
             "keep": self.keep,
             "limits": asdict(self.limits),
@@ -111,9 +114,8 @@ class Session:
             ValueError: this model, method or budget cannot do it.
             Stopped: nobody listened any more.
         """
-        own = self.subject.own is not None and self.subject.own.method == ask.method
         case = Case(Entry(ask.method, ask.method), ask.keep)
-        with self.subject.wearing(case, self.calibration if own else None) as attached:
+        with self.subject.wearing(case, self._calibrated(ask.method)) as attached:
             self._column(PRUNED, ask, attached, tell, stopped)
         if ask.beside:
             self._column(DENSE, ask, None, tell, stopped)
@@ -129,7 +131,7 @@ class Session:
         loaded = Loaded(self.subject.loaded.model, self.subject.loaded.processor, attached)
         answerer = StreamingAnswerer(loaded, Decoding(max_new_tokens=ask.max_new_tokens))
         picture = read_picture(ask.picture, self.limits.pixels)
-        prompt = as_text(ask.prompt, answerer.reserved)
+        prompt = as_text(ask.prompt, answerer.reserved).strip()
         encoded = answerer.encode(_question(prompt, picture))
         spots = self._spots(answerer, prompt, picture.size) if attached is not None else []
         trace = Trace()
@@ -160,31 +162,26 @@ class Session:
 
         return find_spots(self.family, answerer.processor, size, encode)
 
-    def _offered(self) -> dict[str, str]:
-        """Names and titles of the methods that run on this model as it is, its own first."""
-        found = {self.method: ""}
+    def _calibrated(self, method: str) -> Calibration | None:
+        """The checkpoint's calibration, where it is this method's."""
+        own = self.subject.own is not None and self.subject.own.method == method
+        return self.calibration if own else None
+
+    def _offered(self) -> dict[str, dict[str, str]]:
+        """What the page says of the methods that run on this model as it is, its own first."""
+        found = dict[str, dict[str, str]]()
         for name in (self.method, *methods()):
             if name == DENSE:
                 continue
             try:
                 with self.subject.wearing(Case(Entry(name, name), 1.0)) as attached:
-                    found[name] = attached.method.card.title
+                    method = attached.method
+                    note = UNCALIBRATED if method.calibrates and not self._calibrated(name) else ""
+                    found[name] = {"name": name, "title": method.card.title, "note": note}
             except ValueError:  # it does not fit this model, or needs training
                 if name == self.method:
                     raise
         return found
-
-
-def as_text(prompt: str, reserved: tuple[str, ...]) -> str:
-    """A prompt in which nothing is an image place, whatever a visitor typed.
-
-    Args:
-        prompt: the question.
-        reserved: texts a processor takes for an image.
-    """
-    for token in reserved:
-        prompt = prompt.replace(token, f"{token[:1]} {token[1:]}")
-    return prompt.strip()
 
 
 def _question(prompt: str, picture: Image.Image) -> Question:

@@ -133,7 +133,8 @@ class Worker:
         except Stopped:
             job.tell({"kind": "error", "error": CLOSING})
         except ValueError as error:
-            job.tell({"kind": "error", "error": str(error).splitlines()[0]})
+            sentence = str(error).partition("\n")[0] or FAILED
+            job.tell({"kind": "error", "error": sentence})
         except Exception:  # whatever one question does, the next one is served
             logger.exception("a question failed")
             job.tell({"kind": "error", "error": FAILED})

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+from itprune.cli.terminal import harmless
+
 COMMANDS = (
     "train", "infer", "chat", "app", "inspect", "eval", "compare", "report", "merge", "export",
     "calibrate", "methods", "doctor", "env", "bench",
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if args.traceback:
             raise
-        print(f"itprune: error: {error}", file=sys.stderr)
+        print(harmless(f"itprune: error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("itprune: stopped; what was written stays", file=sys.stderr)
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that went away
         if args.traceback:
             raise
-        print(f"itprune: error: {error}; what was written stays", file=sys.stderr)
+        print(harmless(f"itprune: error: {error}; what was written stays"), file=sys.stderr)
         return 1
 
 
@@ -80,7 +82,7 @@ def _short_warnings() -> Iterator[None]:
     """Warnings as one line for people, without our source code."""
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        print(f"itprune: warning: {message}", file=sys.stderr)
+        print(harmless(f"itprune: warning: {message}"), file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -7,14 +7,13 @@ elsewhere and sends nothing there; pictures and questions stay in memory.
 from __future__ import annotations
 
 import argparse
-import errno
-import socket
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itprune.cli.loading import add_model_options, check_options, load
+from itprune.web.listening import address, check_host, open_socket
 
 if TYPE_CHECKING:
     from itprune.app.limits import Limits
@@ -43,6 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--allow-remote", action="store_true", help="allow a --host that others can reach"
+    )
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name of this server: that of a proxy before it",
     )
     parser.add_argument(
         "--max-mb", type=float, default=10.0, metavar="MB", help="largest upload; default 10"
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
         session = Session(load(args), Path(args.model).resolve().name, limits)
         print(f"itprune app: {address(listener)} (Ctrl-C ends it)", flush=True)
-        serve(session, listener, args.host)
+        serve(session, listener, args.host, args.name)
     print("itprune app: ended", file=sys.stderr)
     return 0
 
@@ -112,49 +118,9 @@ def _check_host(args: argparse.Namespace) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    from itprune.app.addresses import is_loopback
-
-    if not 0 <= args.port <= 65535:
-        raise ValueError(f"--port: must be 0 to 65535, got {args.port}")
-    if is_loopback(args.host):
-        return
-    if not args.allow_remote:
-        raise ValueError(
-            f"--host {args.host} lets others use this page; add --allow-remote if that is meant"
+    if check_host(args.host, args.port, args.allow_remote, "this page"):
+        warnings.warn(
+            f"everybody who reaches {args.host} may use this page; there is no password and no "
+            "encryption",
+            stacklevel=1,
         )
-    warnings.warn(
-        f"everybody who reaches {args.host} may use this page; there is no password and no "
-        "encryption",
-        stacklevel=1,
-    )
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that a second server hears at once that the port is taken.
-
-    Raises:
-        ValueError: the port or the address cannot be had.
-    """
-    try:
-        kind, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
-        raise ValueError(f"--host {host}: no such address") from None
-    listener = socket.socket(kind, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(
-                f"--port {port} is in use on {host}; choose another, or 0 for any free one"
-            ) from None
-        raise ValueError(f"--host {host} --port {port}: {error.strerror}") from None
-    return listener
-
-
-def address(listener: socket.socket) -> str:
-    """What to open in a browser."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

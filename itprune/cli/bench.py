@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from itprune.cli.loading import check_least
+
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command `bench` to the command line."""
@@ -68,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from itprune.bench import bench_eval, bench_infer, bench_methods, bench_train
     from itprune.bench.table import render
 
-    for name in ("batch", "repeats", "threads", "questions"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: must be at least 1, got {value}")
+    check_least(args, batch=1, repeats=1, threads=1, questions=1)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
     if args.methods and args.what != "methods":

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itprune.cli.loading import add_model_options, load
+from itprune.cli.loading import add_model_options, check_least, load
 from itprune.records import read_records
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates and stores."""
-    for name, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+    check_least(args, limit=1, batch_size=1)
     entries = _entries(Path(args.data))
     from itprune.answer import Answerer
     from itprune.calibrating import calibrate

@@ -7,6 +7,7 @@ go to stdout, everything else to stderr. Lines may also come from a file or a pi
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,9 @@ def make_session(args: argparse.Namespace) -> Session:
 
 def read_on(session: Session) -> None:
     """Takes the lines of a file or a pipe."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A letter in another encoding is refused with its line, and does not end the chat.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for line in sys.stdin:
         try:
             if not session.take(line.rstrip("\r\n")):

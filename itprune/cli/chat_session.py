@@ -46,8 +46,13 @@ class Shown:
         Raises:
             ValueError: missing or no picture, in one sentence.
         """
-        path = Path(os.path.abspath(Path(name).expanduser()))
+        path = named(name)
         return cls(path, open_image(path))
+
+
+def named(name: str) -> Path:
+    """The file of a name as people write it; `~` of nobody's is a letter."""
+    return Path(os.path.abspath(os.path.expanduser(name)))
 
 
 class Session:
@@ -173,7 +178,7 @@ class Session:
             raise ValueError("/save: the name of a file is needed")
         if not self.conversation.messages:
             raise ValueError("/save: there is no dialogue yet; ask something first")
-        path = Path(os.path.abspath(Path(name).expanduser()))
+        path = named(name)
         line = json.dumps({"messages": self._messages(path.parent)})
         try:
             with path.open("x", encoding="utf-8") as file:

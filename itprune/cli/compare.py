@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from itprune.cli.loading import DTYPES, check_folder, load_as_saved, numbers
+from itprune.cli.loading import DTYPES, check_folder, check_least, load_as_saved, numbers
 
 if TYPE_CHECKING:
     from itprune.comparing.run import Settings
@@ -131,12 +131,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     from itprune.comparing.run import Settings
 
-    least = {"limit": 1, "calibration": 1, "batch_size": 1, "max_new_tokens": 1, "threads": 1}
-    for name, low in {**least, "rounds": 0}.items():
-        value = vars(args)[name]
-        if value is not None and value < low:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: must be at least {low}, got {value}")
+    check_least(args, limit=1, calibration=1, batch_size=1, max_new_tokens=1, threads=1, rounds=0)
     data = Path(args.data)
     root = data.parent if args.image_root is None else Path(args.image_root)
     if not root.is_dir():

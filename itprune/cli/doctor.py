@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itprune.cli.child import run_child
-from itprune.cli.loading import check_choices, check_folder, first_line
+from itprune.cli.loading import check_choices, check_folder, check_least, first_line
 from itprune.cli.train import add_recipe
 from itprune.project import find_project
 
@@ -99,9 +99,7 @@ def _of_recipe(args: argparse.Namespace) -> int:
     """Training is no part of the library, so its own entry point looks."""
     if not Path(args.config).is_file():
         raise ValueError(f"{args.config}: no such recipe")
-    for name, value in (("--nproc", args.nproc), ("--samples", args.samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+    check_least(args, nproc=1, samples=1)
     script = str(find_project().script("doctor.py"))
     words = [args.config, *args.overrides, "--samples", str(args.samples or SAMPLES)]
     words += ["--nproc", str(args.nproc)] if args.nproc is not None else []

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from itprune.cli.loading import DTYPES, check_folder, load_as_saved, numbers
+from itprune.cli.loading import DTYPES, check_folder, check_least, load_as_saved, numbers
 
 if TYPE_CHECKING:
     from itprune.evaluating.run import Evaluation
@@ -183,12 +183,7 @@ def write(evaluation: Evaluation) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {"limit": 1, "calibration": 0, "batch_size": 1, "max_new_tokens": 1}
-    for name, low in least.items():
-        value = vars(args)[name]
-        if value is not None and value < low:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: must be at least {low}, got {value}")
+    check_least(args, limit=1, calibration=0, batch_size=1, max_new_tokens=1)
     if not 0 <= args.max_bad < 1:
         raise ValueError(f"--max-bad: must be in [0, 1), got {args.max_bad:g}")
 

@@ -8,7 +8,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from itprune.cli.loading import add_model_options, check_options, load
+from itprune.cli.loading import add_model_options, check_least, check_options, load
+from itprune.cli.terminal import harmless
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -114,7 +115,7 @@ def _run_one(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
         return 0
-    print(answer.answer)
+    print(harmless(answer.answer) if sys.stdout.isatty() else answer.answer)
     print(describe(answer), file=sys.stderr)
     return 0
 
@@ -160,8 +161,7 @@ def check_file_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: must be at least 1, got {args.batch_size}")
+    check_least(args, batch_size=1)
     check_options(args)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from itprune.cli.loading import add_model_options, check_options, load
+from itprune.cli.loading import add_model_options, check_least, check_options, load
 
 if TYPE_CHECKING:
     from itprune.checkpoint import Loaded
@@ -92,8 +92,7 @@ def questions(args: argparse.Namespace) -> Iterable[Asked]:
         return pairs(args.image, args.prompt)
     if args.image or args.prompt:
         raise ValueError("give either --data or pairs of --image and --prompt")
-    if args.limit < 1:
-        raise ValueError(f"--limit: must be at least 1, got {args.limit}")
+    check_least(args, limit=1)
     root = None if args.image_root is None else Path(args.image_root)
     if root is not None and not root.is_dir():
         raise ValueError(f"--image-root {root}: no such folder")

@@ -27,6 +27,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="a checkpoint, or an ordinary model folder"
     )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """--keep, --method, --device and --dtype."""
     parser.add_argument(
         "--keep",
         type=float,
@@ -97,6 +102,23 @@ def numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     if not found:
         raise ValueError(f"{option}: must be numbers joined by commas, got {text!r}")
     return found
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small.
+
+    Args:
+        args: the options.
+        least: name of an option -> the least it may be; None is always right.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    for name, low in least.items():
+        value = vars(args)[name]
+        if value is not None and value < low:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: must be at least {low}, got {value}")
 
 
 @contextmanager

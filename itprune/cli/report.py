@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
+
+from itprune.writing import replace_text
 
 ENDINGS = (".html", ".htm")
 EXAMPLES = """\
@@ -62,13 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step: a page that is there stays whole until the new one is."""
-    partial = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, text)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from itprune.cli.child import run_child
+from itprune.cli.loading import check_least
 from itprune.project import Project, find_project
 
 LAUNCHERS = ("none", "deepspeed", "accelerate")
@@ -73,8 +74,7 @@ def add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Starts the launcher; returns its exit status."""
-    if args.nproc is not None and args.nproc < 1:
-        raise ValueError(f"--nproc: must be at least 1, got {args.nproc}")
+    check_least(args, nproc=1)
     if not Path(args.config).is_file():
         raise ValueError(f"{args.config}: no such recipe")
     if find_spec("accelerate") is None:

@@ -89,7 +89,8 @@ def panel(
         if points:
             curve(axis, points, key, looks[name], bars=looks[name]["color"] != GREY)
             if looks[name]["color"] != GREY or len(curves) <= NAMED:
-                ends.append((100 * points[-1]["accuracy"], points[-1][key], name))
+                end = max(points, key=lambda line: line[key])  # nearest to where names stand
+                ends.append((100 * end["accuracy"], end[key], name))
     dense_line(axis, dense)
     axis.set_xlabel(f"{title} (dense: {dense[key]:.3g})")
     axis.set_ylabel(figure)
@@ -100,7 +101,7 @@ def panel(
 
 
 def _label(axis: Any, ends: Sequence[tuple[float, float, str]], looks: Mapping[str, Any]) -> None:
-    """Names right of the axis, moved apart, each joined to its last point."""
+    """Names right of the axis, moved apart, each joined to its point furthest right."""
     bottom, top = axis.get_ylim()
     left, right = axis.get_xlim()
     ends = sorted(ends)

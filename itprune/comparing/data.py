@@ -7,13 +7,13 @@ fixed seed: every call on the same file sees the same samples.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from itprune.question import ROLES, ImageFolder, Question
-from itprune.records import read_records
+from itprune.records import image_names, read_records
 
 SHARE = 4
 """At most one picture in so many is set aside for calibration."""
@@ -118,19 +118,7 @@ def references(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
-    return Sample(record, references(record), tuple(_pictures(record)))
-
-
-def _pictures(record: Mapping[str, Any]) -> Iterable[str]:
-    given = record.get("images") or record.get("image") or []
-    paths = list(given) if isinstance(given, list) else [given]
-    turns = record.get("messages") or []
-    for turn in turns if isinstance(turns, list) else []:
-        content = turn.get("content") if isinstance(turn, Mapping) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, Mapping):
-                paths.append(part.get("path", part.get("image")))
-    return dict.fromkeys(path for path in paths if isinstance(path, str))
+    return Sample(record, references(record), tuple(dict.fromkeys(image_names(record))))
 
 
 def _calibration_pictures(samples: Sequence[Sample], wanted: int) -> set[str]:

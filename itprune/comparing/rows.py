@@ -1,8 +1,8 @@
 """DIR/rows.jsonl: one line for every finished case, kept when a run stops and goes on.
 
-A line is {"key", "method", "keep", "seed", "run", "answers" or "reason", "time"}. It is appended as
-soon as a case is answered and once more when it is timed; the last line of a key counts, and
-`settle` leaves one line a key.
+A line is {"key", "method", "keep", "seed", "model", "data", "answers" or "reason", "time"}. It is
+appended as soon as a case is answered and once more when it is timed; the last line of a key
+counts, and `settle` leaves one line a key.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from itprune.writing import replace_text
 
 FILE = "rows.jsonl"
 Row = dict[str, Any]
@@ -51,11 +53,8 @@ class Rows:
 
     def settle(self) -> None:
         """One line a key, in one step."""
-        partial = self.path.with_name(f"{FILE}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            for row in self.rows.values():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(partial, self.path)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+        replace_text(self.path, "".join(lines))
 
     def _read(self) -> None:
         raw = self.path.read_bytes()

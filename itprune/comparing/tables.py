@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from itprune.comparing.summary import FIELDS, Line
+from itprune.writing import replace_text
 
 Column = tuple[str, Callable[[Line], str]]
 NONE = "–"
@@ -26,13 +27,13 @@ def write_tables(folder: Path, head: Mapping[str, Any], lines: Sequence[Line]) -
         The Markdown.
     """
     record = {**head, "fields": FIELDS, "rows": list(lines)}
-    (folder / "compare.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    replace_text(folder / "compare.json", json.dumps(record, indent=1) + "\n")
     with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(lines)
     text = "\n".join([*_facts(head, lines), "", *markdown(lines)]) + "\n"
-    (folder / "compare.md").write_text(text, encoding="utf-8")
+    replace_text(folder / "compare.md", text)
     return text
 
 

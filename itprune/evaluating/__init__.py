@@ -3,6 +3,7 @@
     settings   what an evaluation runs on, and its fingerprint
     questions  a task's items as samples; some set aside to calibrate on
     answers    DIR/answers/RUN/CASE.jsonl: every answer, kept when a run stops and goes on
+    claim      one call at a time in the folder of a run
     asking     the share of one process in the answers of one case
     bootstrap  how sure one can be of a total
     summary    answers become lines of a table: seeds joined, intervals, ratios to dense

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import escape
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from itprune.comparing.entries import Case
+from itprune.writing import replace_text
 
 Record = dict[str, Any]
 LONGEST = 80
@@ -120,14 +120,6 @@ def file_name(case: Case) -> str:
         plain = f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
     seed = "" if case.seed is None else f"-seed{case.seed}"
     return plain + ("" if case.keep == 1.0 else f"-{case.keep:g}") + seed
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a crash leaves the old one."""
-    # Of its own process: several may find at once why a case does not run.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _line(record: Record) -> str:

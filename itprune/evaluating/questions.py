@@ -13,8 +13,8 @@ from pathlib import Path
 
 from itprune.comparing.data import Sample, set_aside
 from itprune.question import ImageFolder, Question
-from itprune.records import read_records
-from itprune.tasks.base import Item, Task, image_names
+from itprune.records import image_names, read_records
+from itprune.tasks.base import Item, Task
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from itprune.comparing.subject import Subject
 from itprune.evaluating.answers import Answers, Record
 from itprune.evaluating.asking import Share, ask, prepare, refuse_many
 from itprune.evaluating.bootstrap import Draws
+from itprune.evaluating.claim import Claim
 from itprune.evaluating.questions import Asked, Parts
 from itprune.evaluating.runs import Run, put_run, run_folder
 from itprune.evaluating.settings import SHORT, Settings, Team, fingerprint
@@ -65,6 +66,7 @@ class Evaluation:
         self.run_name = fingerprint(settings, task, parts)[:SHORT]
         self.folder = run_folder(settings.output, task.name, self.run_name)
         self.answers = [Answers(self.folder, case) for case in cases]
+        self._claim = Claim(self.folder)
         how = Asking(Encodings(task.image_root), settings.batch_size, settings.max_new_tokens)
         self.share = Share(parts, how, self.team, settings.max_bad)
         self._load = load
@@ -81,27 +83,40 @@ class Evaluation:
         """Answers what is missing; every process calls it.
 
         Raises:
-            ValueError: dense does not run, too much cannot be read, or memory does not suffice.
+            ValueError: dense does not run, too much cannot be read, memory does not suffice, or
+                another call is at work in the folder.
         """
-        if self.team.rank == 0:
+        with self._claim.kept():
+            if self.team.rank == 0:
+                self._claim.alone()
+                for answers in self.answers:
+                    answers.fold(self.settings.retry)
+                self._claim.shared()
+            self.team.wait()
+            self._claim.shared()
+            for index, answers in enumerate(self.answers):
+                if index % self.team.size == self.team.rank and answers.head() is None:
+                    self._tell(f"preparing {answers.case.name}")
+                    prepare(self.subject, answers, self.share)
+            self.team.wait()
             for answers in self.answers:
-                answers.fold(self.settings.retry)
-        self.team.wait()
-        for index, answers in enumerate(self.answers):
-            if index % self.team.size == self.team.rank and answers.head() is None:
-                self._tell(f"preparing {answers.case.name}")
-                prepare(self.subject, answers, self.share)
-        self.team.wait()
-        for answers in self.answers:
-            self._ask(answers)
-        self.team.wait()
+                self._ask(answers)
+            self.team.wait()
+        if self.team.rank != 0:  # the first one keeps its claim for `finish`
+            self._claim.release()
 
     def finish(self) -> Run:
         """Joins the answers and scores them, after `run`; one process calls it.
 
         Raises:
-            ValueError: too much cannot be read.
+            ValueError: too much cannot be read, or answers are missing.
         """
+        with self._claim.kept():
+            run = self._joined()
+        self._claim.release()
+        return run
+
+    def _joined(self) -> Run:
         for answers in self.answers:
             answers.fold()
         bad = self._bad()
@@ -149,6 +164,13 @@ class Evaluation:
         if "reason" in head:
             return Answered(answers.case, reason=head["reason"])
         found = answers.read()
+        missing = sum(sample.name not in found for sample in self.parts.scored)
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {missing} of {len(self.parts.scored)} answers of "
+                f"{answers.case.name} are missing; all processes must see the same --output, and "
+                "the same command again asks what is missing"
+            )
         scores = {s.name: self.task.score(s.item, found[s.name]["answer"]) for s in counted}
         answers.write(
             [

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itprune.evaluating.answers import replace_text
 from itprune.evaluating.summary import Line, place
+from itprune.writing import replace_text
 
 ANSWERS = "answers"
 SUMMARY = "summary.json"
+NEEDED = {
+    "run", "task", "metric", "share", "model", "data", "items", "bad", "calibration", "draws",
+    "machine", "versions",
+}  # fmt: skip
+"""Facts that tables and pictures cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def _read(path: Path) -> Run | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         lines = values.pop("rows")
-        values["task"], values["model"], values["run"], values["items"]
+        if not values.keys() >= NEEDED:
+            raise KeyError
         return Run(values, list(lines))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(

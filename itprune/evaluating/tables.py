@@ -10,9 +10,9 @@ from typing import Any
 
 from itprune.comparing.entries import DENSE
 from itprune.comparing.tables import NONE, Column, aligned, number, span, with_ratio
-from itprune.evaluating.answers import replace_text
 from itprune.evaluating.runs import Run
 from itprune.evaluating.summary import FIELDS, Line
+from itprune.writing import replace_text
 
 HEAD = {
     "run": "fingerprint of model, data and settings; answers/TASK-RUN holds the answers",

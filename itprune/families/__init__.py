@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from itprune.families.base import Family
+from itprune.plugins import load_plugins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +35,7 @@ def register_family(model_type: str) -> Callable[[type[Family]], type[Family]]:
 
 def families() -> tuple[str, ...]:
     """Model types we can attach to, those of installed packages included."""
-    _load_entry_points()
+    load_plugins("itprune.families", "family")
     return tuple(sorted(_REGISTRY))
 
 
@@ -68,19 +66,6 @@ def find_family(model: PreTrainedModel) -> Family:
             "it; load the model with AutoModelForImageTextToText"
         )
     return family(model)
-
-
-@cache
-def _load_entry_points() -> None:
-    """Imports what installed packages offer under the entry-point group `itprune.families`; one
-    that is broken is told of and left out."""
-    for point in entry_points(group="itprune.families"):
-        try:
-            point.load()
-        except (ImportError, AttributeError, ValueError) as error:
-            warnings.warn(
-                f"family {point.name!r} of {point.value} is left out: {error}", stacklevel=2
-            )
 
 
 # Importing a family's file registers it.

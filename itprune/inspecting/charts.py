@@ -14,7 +14,7 @@ from markupsafe import Markup
 from itprune.inspecting.rules import Curve
 
 WIDTH, HEIGHT = 330, 190
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 MOST_LABELS = 6
 RULE_LOOK = {
     "mean": ("--c2", ""),
@@ -105,7 +105,11 @@ def swatch(colour: str, dash: str) -> Markup:
 
 
 def short(value: float) -> str:
-    """A figure in three digits, with a letter for its size."""
+    """A figure in three digits, with a letter for its size; six letters at most beside a sign, for
+    which an axis has room."""
+    if 0 < abs(value) < 0.01:
+        digits, _, exponent = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(exponent)}"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

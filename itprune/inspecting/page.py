@@ -197,7 +197,8 @@ def _charts(
     """Title, legend and drawing of the charts at the top."""
     looks = [section.look for section in sections]
     labels = [str(layer) for layer in range(len(costs))]
-    charts = [_histogram(looks)]
+    seeing = [look for look in looks if look.pruned.visual_in]  # text alone keeps nothing
+    charts = [_histogram(seeing)] if seeing else []
     tokens = [
         Series(name, [fmean(c) for c in zip(*(_tokens(x, d) for x in looks), strict=True)], colour)
         for name, d, colour in (("dense", True, DENSE), ("pruned", False, PRUNED))
@@ -213,8 +214,8 @@ def _charts(
 
 def _histogram(looks: Sequence[Look]) -> tuple[str, list[Series], Markup]:
     title = "Questions by visual tokens kept"
-    most = max(max(look.pruned.visual_in for look in looks), 1)
-    width = max(-(-(most + 1) // BINS), 1)
+    most = max(look.pruned.visual_in for look in looks)
+    width = -(-(most + 1) // BINS)
     count = most // width + 1
     series = [
         Series(

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from itprune.question import Question
+from itprune.question import Question, as_rgb
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _picture(visual: Any) -> Image.Image:
             f"the task shows a {type(visual).__name__} where only pictures can be shown; "
             "videos and sound are not read"
         )
-    return visual.convert("RGB")
+    return as_rgb(visual)
 
 
 def batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:

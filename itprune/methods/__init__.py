@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from itprune.config import COMMON
 from itprune.methods.base import Host, Method
 from itprune.options import from_mapping, nearest
+from itprune.plugins import load_plugins
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -36,7 +34,7 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 def methods() -> tuple[str, ...]:
     """Names of all registered methods, those of installed packages included."""
-    _load_entry_points()
+    load_plugins("itprune.methods", "method")
     return tuple(sorted(_REGISTRY))
 
 
@@ -85,19 +83,6 @@ def _build_part(name: str, options: Any, host: Host) -> Method:
         raise ValueError(f"prune.{name}: must be a mapping of options, got {options!r}")
     own = {key: value for key, value in options.items() if key != "keep"}
     return cls(from_mapping(cls.Options, own, f"prune.{name}", ("keep",)), host)
-
-
-@cache
-def _load_entry_points() -> None:
-    """Imports what installed packages offer under the entry-point group `itprune.methods`; one that
-    is broken is told of and left out."""
-    for point in entry_points(group="itprune.methods"):
-        try:
-            point.load()
-        except (ImportError, AttributeError, ValueError) as error:
-            warnings.warn(
-                f"method {point.name!r} of {point.value} is left out: {error}", stacklevel=2
-            )
 
 
 # Importing a method's file registers it.

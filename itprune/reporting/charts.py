@@ -12,6 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from itprune.comparing.entries import CONTROLS, DENSE
 from itprune.reporting.metrics import number
 from itprune.reporting.recorded import Training
 from itprune.reporting.scored import Score, Scores
@@ -32,7 +33,8 @@ LEAST = 0.02
 """Room above and below shares: where all are alike, there is still an axis, within 0 and 1."""
 APART = 2.5
 """Between the points of two series at one budget, so that intervals do not cover each other."""
-CONTROLS = ("dense", "random", "downsample")
+FIRST = (DENSE, *CONTROLS)
+"""Methods that every benchmark has: drawn first, so that they look alike in all pictures."""
 Point = tuple[float, float]
 
 
@@ -144,14 +146,15 @@ def _scores(folder: str, one: Scores) -> Chart | None:
     shown = [score for score in one.scores if score.value is not None]
     names = dict.fromkeys(score.method for score in shown)
     best = {n: statistics.fmean(s.value or 0 for s in shown if s.method == n) for n in names}
-    order = sorted(names, key=lambda n: (n not in CONTROLS, -best[n]))[:SERIES]
+    others = sorted(names.keys() - FIRST, key=lambda n: (-best[n], n))
+    order = [*(name for name in FIRST if name in names), *others][:SERIES]
     found = []
     for name in order:
         mine = sorted((score for score in shown if score.method == name), key=_kept)
         points = [(_kept(score), score.value or 0.0) for score in mine]
         found.append(Series(name, points, [_span(score.low, score.high) for score in mine]))
     left = len(names) - len(order)
-    note = "Bars: 95 % bootstrap interval."
+    note = f"Model {one.model}. Bars: 95 % bootstrap interval."
     note += f" {left} further method(s) are in the table." if left else ""
     return _over_keep(
         f"{folder}: {Path(one.data).name}",

@@ -3,14 +3,15 @@ evaluations, the usual time of a step, and the largest memory."""
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-EVALUATED = re.compile(r"eval_((loss|accuracy)(?:_keep_[0-9.]+)?)")
+EVALUATED = re.compile(r"eval_((loss|accuracy)(?:_keep_[0-9]+(?:\.[0-9]+)?)?)")
 """What an evaluation measures: at the first budget, then at each that is named."""
+LARGEST = 1e30
+"""A figure beyond it is none: a log that holds it is damaged, and no axis could show it."""
 Log = Sequence[Mapping[str, Any]]
 
 
@@ -49,10 +50,15 @@ def values(history: Log, name: str) -> list[float]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: a log may hold NaN, and a file anything."""
+    """A number between -LARGEST and LARGEST, or None: a log may hold NaN, and a file anything.
+
+    What is as good as zero is zero, since a logarithm of it says nothing.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    if not abs(value) <= LARGEST:  # NaN, too
+        return None
+    return float(value) if abs(value) * LARGEST >= 1 else 0.0
 
 
 def _better(name: str) -> Any:

@@ -99,7 +99,7 @@ def _training(folder: Path, attempts: Sequence[Facts], state: Facts) -> Training
     return Training(
         **{
             **common,
-            "step": max(int(outcome["step"]), common["step"] or 0),
+            "step": max(_whole(outcome["step"]) or 0, common["step"] or 0),
             "steps": common["steps"] or (_whole(planned) if planned != -1 else None),
         },
         metrics=recorded if recorded["loss"] is not None else metrics_of(history),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,8 @@ class Scores:
     data: str
     metric: str
     scores: tuple[Score, ...]
-
-    @property
-    def share(self) -> bool:
-        """Whether the metric is a share, which is shown in percent; else it is points."""
-        known = [score.high if score.high is not None else score.value for score in self.scores]
-        return all(value is None or value <= 1 for value in known)
+    share: bool = True
+    """Whether the metric is a share, which is shown in percent; else it is points."""
 
 
 def read_scores(folder: Path) -> list[Scores]:
@@ -83,19 +79,16 @@ def _scores(folder: Path, head: Mapping[str, Any]) -> Scores:
         model=str(head["model"]),
         data=str(head["task"] if "task" in head else head["data"]),
         metric=metric,
-        scores=tuple(_score(row, _rows_metric(head["rows"], metric)) for row in head["rows"]),
+        scores=tuple(_score(row) for row in head["rows"]),
+        share=bool(head.get("share", True)),
     )
 
 
-def _rows_metric(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    return metric if any(metric in row for row in rows) else "value"
-
-
-def _score(row: Mapping[str, Any], metric: str) -> Score:
+def _score(row: Mapping[str, Any]) -> Score:
     return Score(
         method=str(row["method"]),
         keep=number(row["keep"]),
-        value=number(row[metric]),
+        value=number(row["value"] if "value" in row else row["accuracy"]),
         low=number(row["low"]),
         high=number(row["high"]),
         tokens=number(row["layer_average"]),

@@ -21,7 +21,7 @@ from itprune.reporting.metrics import number
 from itprune.reporting.recorded import Training, read_training
 from itprune.reporting.scored import FILES, Scores, read_scores
 
-AT = re.compile(r"accuracy_keep_([0-9.]+)")
+AT = re.compile(r"accuracy_keep_([0-9]+(?:\.[0-9]+)?)")
 Z = 1.959964
 """Of a 95 % interval."""
 

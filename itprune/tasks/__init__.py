@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
-from functools import cache
-from importlib.metadata import entry_points
 from typing import TypeVar
 
 from itprune.options import nearest
+from itprune.plugins import load_plugins
 from itprune.tasks.base import Item, Task
 
 __all__ = ["Item", "Task", "find_task", "register_task", "tasks"]
@@ -33,7 +31,7 @@ def register_task(cls: AnyTask) -> AnyTask:
 
 def tasks() -> tuple[str, ...]:
     """Names of all registered tasks, those of installed packages included."""
-    _load_entry_points()
+    load_plugins("itprune.tasks", "task")
     return tuple(sorted(_REGISTRY))
 
 
@@ -46,19 +44,6 @@ def find_task(name: str) -> type[Task]:
     if name not in tasks():
         raise ValueError(f"--task: unknown task {name!r}; {nearest(name, _REGISTRY)}")
     return _REGISTRY[name]
-
-
-@cache
-def _load_entry_points() -> None:
-    """Imports what installed packages offer under the entry-point group `itprune.tasks`; one that
-    is broken is told of and left out."""
-    for point in entry_points(group="itprune.tasks"):
-        try:
-            point.load()
-        except (ImportError, AttributeError, ValueError) as error:
-            warnings.warn(
-                f"task {point.name!r} of {point.value} is left out: {error}", stacklevel=2
-            )
 
 
 # Importing a task's file registers it.

@@ -21,6 +21,7 @@ from PIL import Image
 
 from itprune.options import nearest
 from itprune.question import ImageFolder, Question, open_image
+from itprune.records import image_names
 
 SCORE = "score"
 SHORT = "Answer the question using a single word or phrase."
@@ -196,22 +197,6 @@ class NamedBytes(io.BytesIO):
 
     def __str__(self) -> str:
         return self._name
-
-
-def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The names of a record's images; a value that is no text is left to `Question`."""
-    given = record.get("images") or record.get("image") or []
-    names = list(given) if isinstance(given, list) else [given]
-    turns = record.get("messages") or []
-    for turn in turns if isinstance(turns, list) else []:
-        content = turn.get("content") if isinstance(turn, Mapping) else None
-        parts = content if isinstance(content, list) else []
-        names += [
-            part.get("path", part.get("image"))
-            for part in parts
-            if isinstance(part, Mapping) and part.get("type") == "image"
-        ]
-    return [name for name in names if isinstance(name, str)]
 
 
 def check_images(root: Path, names: Sequence[str]) -> None:

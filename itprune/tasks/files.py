@@ -1,4 +1,4 @@
-"""Reading the files of benchmarks: JSON with checked fields, TSV row by row, Parquet in batches.
+"""Reading the files of benchmarks: fields of JSON, TSV row by row, Parquet in batches.
 
 A benchmark in the wrong format is told by its first wrong entry: which file, which entry, what is
 missing.
@@ -7,30 +7,15 @@ missing.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from itprune.records import not_text
+
 MOST = 64 * 2**20
 """Letters of one TSV field at most; an image in base64 is one field."""
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        ValueError: it cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
 
 
 def as_mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -97,8 +82,8 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Generator[dict[str, str], No
                 yield row
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        raise not_text(path, error.object) from None
     except csv.Error as error:
         raise ValueError(f"{path}: not the expected TSV ({error})") from None
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from itprune.options import check_choice
+from itprune.records import read_json
 from itprune.tasks import register_task
 from itprune.tasks.base import SCORE, SHORT, Item, Task
-from itprune.tasks.files import as_mapping, no_answer, read_json, text_of
+from itprune.tasks.files import as_mapping, no_answer, text_of
 
 KINDS = ("structural", "semantic", "detailed")
 

@@ -48,9 +48,9 @@ def chosen_letter(answer: str, options: Mapping[str, str]) -> str:
 def _only_letter(answer: str, letters: Collection[str]) -> str:
     words = [word.strip(AROUND) for word in answer.split()]
     found = {word for word in words if word in letters}
-    if len(words) > SHORT:
-        found.discard("A")
-    return found.pop() if len(found) == 1 else ""
+    if len(found) != 1 or (found == {"A"} and len(words) > SHORT):
+        return ""
+    return found.pop()
 
 
 def _text(answer: str, options: Mapping[str, str]) -> str:

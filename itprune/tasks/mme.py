@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from itprune.options import nearest
-from itprune.records import read_records
+from itprune.records import read_records, read_text
 from itprune.tasks import register_task
 from itprune.tasks.base import (
     SCORE,
@@ -40,6 +40,8 @@ CATEGORIES = (*PERCEPTION, *COGNITION)
 PUT = "Please answer yes or no."
 """How MME's questions end; the instruction takes its place."""
 READ = 4
+"""Letters of an answer that count."""
+PAIR = 2
 ENDINGS = (".jpg", ".png", ".jpeg")
 
 
@@ -70,6 +72,12 @@ class MME(Task):
                 item = self._item(where, entry, asked)
                 asked[item.facts["picture"]] += 1
                 yield item
+        for name, count in asked.items():
+            if count != PAIR:
+                raise ValueError(
+                    f"{self.files[0]}: MME asks {PAIR} questions about a picture, but {name!r} has "
+                    f"{count}; both must have its name as `question_id`, or stand in its text"
+                )
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
         return {SCORE: float(said(answer) == item.references[0])}
@@ -180,11 +188,7 @@ def _folder(root: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 def _lines(text: Path) -> Iterable[tuple[str, str, str]]:
     """Where it stands, question and answer of each line."""
-    try:
-        lines = text.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"{text}: cannot be read as UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(text).splitlines(), 1):
         if line.strip():
             question, tab, answer = line.strip().partition("\t")
             if not tab:

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from itprune.comparing.data import references
 from itprune.options import check_choice, nearest
+from itprune.records import read_json
 from itprune.tasks import register_task
 from itprune.tasks.base import LETTER, SCORE, Item, Task
-from itprune.tasks.files import as_list, as_mapping, no_answer, read_json, text_of
+from itprune.tasks.files import as_list, as_mapping, no_answer, text_of
 from itprune.tasks.letters import stated_letter
 from itprune.tasks.prompts import with_instruction, with_options
 
@@ -50,8 +51,12 @@ class ScienceQA(Task):
         for path, content in contents:
             if _is_splits(as_mapping(content, str(path))):
                 splits = content
-            else:
-                problems |= {str(name): (path, problem) for name, problem in content.items()}
+                continue
+            twice = sorted(problems.keys() & content.keys())
+            if twice:
+                other, _ = problems[twice[0]]
+                raise ValueError(f"{path}: problem {twice[0]!r} stands in {other} too")
+            problems |= {name: (path, problem) for name, problem in content.items()}
         yield from self._problems(problems, splits)
 
     def score(self, item: Item, answer: str) -> dict[str, float]:

@@ -3,82 +3,98 @@
 VQAv2 (Goyal et al., 2017): the questions' and the annotations' JSON, images named as COCO's.
 TextVQA (Singh et al., 2019): one JSON with both, images IMAGE_ID.jpg.
 
-Both sides are normalised. VQA's own script leaves the humans' answers as they stand where all ten
-are equal; an answer with a hyphen could then never be right.
+Both sides are normalised, as TextVQA's answer processor does. VQA's own script changes less of
+what the humans said, so that some answers can never be right ("none", or "t-shirt" where all ten
+agree); the option `humans=published` scores as it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from itprune.options import check_choice
+from itprune.records import read_json
 from itprune.tasks import register_task
 from itprune.tasks.base import SCORE, SHORT, Item, Task
-from itprune.tasks.files import as_list, as_mapping, no_answer, read_json, text_of
-from itprune.tasks.vqa_text import normalise, normalise_read, soft_accuracy
+from itprune.tasks.files import as_list, as_mapping, no_answer, text_of
+from itprune.tasks.vqa_text import (
+    left_as_published,
+    normalise,
+    normalise_read,
+    soft_accuracy,
+)
 
 NAMES = ("coco2014", "coco2017")
-
-
-class _Humans(Task):
-    """Scored against what each human said."""
-
-    metric = "accuracy"
-    prompt = SHORT
-
-    def agreement(self, item: Item, answer: str, rule: Callable[[str], str]) -> dict[str, float]:
-        """The soft accuracy after a rule of normalisation."""
-        humans = [rule(text) for text in item.references]
-        return {SCORE: soft_accuracy(rule(answer), humans)}
+NORMALISED, PUBLISHED = "normalised", "published"
+KINDS = ("answer_type", "question_type")
 
 
 @register_task
-class VQAv2(_Humans):
-    """Broken down by type of answer: yes/no, number, other."""
+class VQAv2(Task):
+    """Broken down by type of answer (yes/no, number, other) or of question ("how many", …)."""
 
     name = "vqav2"
     needs = "the questions' JSON and the annotations' JSON"
+    metric = "accuracy"
+    prompt = SHORT
     own_options: ClassVar = {
-        "images": "coco2014: COCO_val2014_ID.jpg (default), or coco2017: ID.jpg"
+        "images": "coco2014: COCO_val2014_ID.jpg (default), or coco2017: ID.jpg",
+        "kind": "answer_type (default) or question_type",
+        "humans": "normalised (default), or published: as VQA's script leaves what they said",
     }
 
+    def __init__(self, files: Sequence[Path], image_root: Path, options: Mapping[str, str]) -> None:
+        super().__init__(files, image_root, options)
+        self.scheme = options.get("images", NAMES[0])
+        self.kind = options.get("kind", KINDS[0])
+        self.humans = options.get("humans", NORMALISED)
+        check_choice("task vqav2: images", self.scheme, NAMES)
+        check_choice("task vqav2: kind", self.kind, KINDS)
+        check_choice("task vqav2: humans", self.humans, (NORMALISED, PUBLISHED))
+
     def read_items(self) -> Iterable[Item]:
-        scheme = self.options.get("images", NAMES[0])
-        check_choice("task vqav2: images", scheme, NAMES)
         asked, said = _questions_and_annotations(self.files)
         subset = asked[1].get("data_subtype", "val2014")
         annotations = {}
         for number, entry in enumerate(as_list(said[1]["annotations"], f"{said[0]}"), 1):
             where = f"{said[0]}: annotation {number}"
-            annotations[text_of(as_mapping(entry, where), "question_id", where)] = entry
+            name = text_of(as_mapping(entry, where), "question_id", where)
+            if name in annotations:
+                raise ValueError(f"{where}: question {name!r} has an annotation already")
+            annotations[name] = entry
         for number, entry in enumerate(as_list(asked[1]["questions"], f"{asked[0]}"), 1):
             where = f"{asked[0]}: question {number}"
             name = text_of(as_mapping(entry, where), "question_id", where)
             if name not in annotations:
                 raise no_answer(f"{where} (id {name!r})")
-            start = f"COCO_{subset}_" if scheme == NAMES[0] else ""
+            start = f"COCO_{subset}_" if self.scheme == NAMES[0] else ""
             image = f"{start}{text_of(entry, 'image_id', where).zfill(12)}.jpg"
             notes = annotations[name]
             yield Item(
                 id=name,
                 record={"prompt": self.asked(text_of(entry, "question", where)), "image": image},
                 references=_answers(notes, f"{said[0]}: the annotation of question {name}"),
-                kind=str(notes.get("answer_type", "")),
-                facts={"question_type": notes.get("question_type", "")},
+                kind=str(notes.get(self.kind, "")),
             )
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
-        return self.agreement(item, answer, normalise)
+        if self.humans == PUBLISHED:
+            humans = left_as_published(item.references)
+        else:
+            humans = [normalise(text) for text in item.references]
+        return {SCORE: soft_accuracy(normalise(answer), humans)}
 
 
 @register_task
-class TextVQA(_Humans):
+class TextVQA(Task):
     """Scored as the challenge's answer processor does."""
 
     name = "textvqa"
     needs = "TextVQA_0.5.1_val.json or a file of its format"
+    metric = "accuracy"
+    prompt = SHORT
 
     def read_items(self) -> Iterable[Item]:
         for path in self.files:
@@ -98,7 +114,8 @@ class TextVQA(_Humans):
                 )
 
     def score(self, item: Item, answer: str) -> dict[str, float]:
-        return self.agreement(item, answer, normalise_read)
+        humans = [normalise_read(text) for text in item.references]
+        return {SCORE: soft_accuracy(normalise_read(answer), humans)}
 
 
 def _questions_and_annotations(

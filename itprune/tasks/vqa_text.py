@@ -71,6 +71,13 @@ def normalise_read(text: str) -> str:
     return normalise(plain)
 
 
+def left_as_published(humans: Sequence[str]) -> list[str]:
+    """Humans' answers as VQA's script compares them: only their marks are changed, and where all of
+    them are equal nothing is. Number words, articles, and a mark on which all agree then stand
+    where a normalised answer has none, so that it cannot be right."""
+    return [_without_marks(text) for text in humans] if len(set(humans)) > 1 else list(humans)
+
+
 def soft_accuracy(answer: str, humans: Sequence[str]) -> float:
     """The share of humans who agree, in [0, 1]; both sides normalised.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from itprune.app.server import make_app
+from itprune.app.serving import configure
 from itprune.app.session import Session
 from itprune.app.worker import Worker
 
@@ -22,12 +22,13 @@ def served(session: Session, worker: Worker) -> Iterator[str]:
     """Serves on a free port for the block: the address."""
     worker.start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(make_app(session, worker), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
+        server = uvicorn.Server(configure(session, worker, "127.0.0.1"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        worker.close()
-        server.should_exit = True
-        thread.join(WAIT)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            worker.close()
+            server.should_exit = server.force_exit = True
+            thread.join(WAIT)
         assert not thread.is_alive()

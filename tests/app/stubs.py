@@ -26,6 +26,8 @@ class Slow:
                 raise Stopped
         if ask.prompt == "bad":
             raise ValueError("a sentence\nand a second line")
+        if ask.prompt == "mute":
+            raise ValueError
         if ask.prompt == "broken":
             raise RuntimeError("/secret/path")
         tell({"kind": "done", "answer": ask.prompt})

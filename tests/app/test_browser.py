@@ -103,6 +103,42 @@ def test_a_visit_from_the_picture_to_the_figures(visit: Visit, tmp_path: Path) -
     visit.check_quiet()
 
 
+@pytest.mark.parametrize("place", ["#drop", "#prompt", "body"])
+def test_a_picture_is_dropped_anywhere(browser: Any, url: str, place: str) -> None:
+    page = browser.new_page()
+    visit = Visit(page, url)
+    visit.begin()
+    files = page.evaluate_handle(
+        """bytes => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+            return files;
+        }""",
+        list(png()),
+    )
+    page.dispatch_event(place, "dragover", {"dataTransfer": files})
+    expect(page.locator("#drop.over")).to_be_attached()
+    page.dispatch_event(place, "drop", {"dataTransfer": files})
+    expect(page.locator("#drop.over")).not_to_be_attached()
+    expect(page.locator("#image")).to_be_visible()
+    visit.ask()
+    expect(page.locator("#pruned .answer")).not_to_be_empty()
+    visit.check_quiet()
+    page.close()
+
+
+def test_a_picture_chosen_before_the_page_is_ready_is_taken(browser: Any, url: str) -> None:
+    page = browser.new_page()
+    held: list[Any] = []
+    page.route("**/api/model", lambda route: held.append(route))
+    with page.expect_request("**/api/model"):
+        page.goto(url)
+    upload(page, png())
+    held[0].continue_()
+    expect(page.locator("#image")).to_be_visible()
+    page.close()
+
+
 def check_overlay(page: Any) -> None:
     """It lies on the picture exactly, and shows the stage that is chosen."""
     places = [page.locator(name).bounding_box() for name in ("#image", "#overlay")]
@@ -130,6 +166,11 @@ def test_slider_and_method_change_what_is_kept(browser: Any, url: str) -> None:
         visit.ask()
         kept.append(page.locator("#overlay .edge").first.get_attribute("d"))
     expect(page.locator("#kept")).to_have_text("80 %")
+    expect(page.locator("#note")).to_be_empty()
+    page.select_option("#method", "itprune")
+    expect(page.locator("#note")).to_contain_text("not calibrated")
+    page.locator("#keep").fill("1")
+    expect(page.locator("#note")).to_be_empty()
     assert len(set(kept)) == 3
     expect(page.locator("#dense")).to_be_hidden()
     visit.check_quiet()
@@ -174,7 +215,7 @@ def test_what_is_wrong_is_said_beside_the_button(browser: Any, url: str) -> None
     upload(visit.page, b"no picture")
     expect(wrong).to_have_text("The file is not a picture your browser can show.")
     visit.ask()
-    expect(wrong).to_contain_text("not a picture this page can read")
+    expect(wrong).to_contain_text("not a picture that is read here")
     upload(visit.page, bytes(11_000_000))
     visit.ask()
     expect(wrong).to_contain_text("larger than 10 MB")

@@ -10,11 +10,12 @@ import pytest
 from itprune import load_pretrained
 from itprune.answer import Answerer
 from itprune.app.limits import Limits
-from itprune.app.pictures import read_picture
 from itprune.app.session import Ask, Session
 from itprune.app.streaming import Stopped
+from itprune.calibration import Calibration
 from itprune.decoding import Decoding
 from itprune.question import Question
+from itprune.web.pictures import read_picture
 from tests.app.asking import png
 from tests.tiny_folders import build_folder
 
@@ -92,6 +93,10 @@ def test_a_session_starts_with_what_the_checkpoint_says() -> None:
     facts = Session(loaded, "tiny", Limits()).facts()
     assert (facts["method"], facts["keep"]) == ("visionzip", 0.5)
     assert facts["methods"][0]["name"] == "visionzip"
+    own = load_pretrained(BUNDLED, method="itprune")
+    assert own.attached is not None
+    own.attached.calibration = Calibration()
+    assert Session(own, "tiny", Limits()).facts()["methods"][0]["note"] == ""
     dense = Session(load_pretrained(BUNDLED, method="dense"), "tiny", Limits()).facts()
     assert dense["method"] == "itprune"
 

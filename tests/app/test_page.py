@@ -13,12 +13,13 @@ from starlette.testclient import TestClient
 
 from itprune import load_pretrained
 from itprune.answer import Answerer
-from itprune.app.guards import POLICY
+from itprune.app.policy import POLICY
 from itprune.app.server import STATIC
-from itprune.app.session import Session, as_text
+from itprune.app.session import Session
 from itprune.decoding import Decoding
 from itprune.pages import PALETTE
 from itprune.question import Question
+from itprune.web.texts import as_text
 from tests.app.asking import answers, events, form, png
 from tests.app.conftest import BUNDLED
 
@@ -74,6 +75,9 @@ def test_the_facts_name_the_methods_that_fit_and_no_path(client: TestClient) -> 
     assert {"visionzip", "fastv", "random"} <= set(names)
     assert not {"dense", "setok", "dyvte"} & set(names)  # two of them need training
     assert facts["keep"] == 0.22
+    notes = {method["name"]: method["note"] for method in facts["methods"]}
+    assert "not calibrated" in notes["itprune"]
+    assert notes["random"] == notes["visionzip"] == ""
     assert "/" not in facts["model"]
 
 
@@ -96,7 +100,7 @@ def test_an_answer_is_that_of_infer_with_its_figures(client: TestClient) -> None
 
 
 def infer(picture: bytes, keep: float) -> dict[str, object]:
-    from itprune.app.pictures import read_picture
+    from itprune.web.pictures import read_picture
 
     answerer = Answerer(load_pretrained(BUNDLED, keep=keep), Decoding(max_new_tokens=32))
     question = Question.from_prompt("What digit is red?", [read_picture(picture, 10**6)])
@@ -142,8 +146,20 @@ def test_what_is_typed_is_text(client: TestClient, typed: str) -> None:
 
 
 def test_reserved_texts_are_broken_up_and_others_left() -> None:
-    assert as_text(" a <image> b ", ("<image>",)) == "a < image> b"
+    assert as_text("a <image> b", ("<image>",)) == "a < image> b"
     assert as_text("<b>", ("<image>",)) == "<b>"
+
+
+def test_a_line_break_of_a_form_is_that_of_a_prompt(client: TestClient) -> None:
+    """Browsers send every line break of a form as two characters."""
+    lines = "What digit\nis\nred?"
+    plain, typed = (
+        answers(events(ask(client, png(), prompt=prompt)[1]))["pruned"]
+        for prompt in (lines, lines.replace("\n", "\r\n"))
+    )
+    assert typed["tokens_in"] == plain["tokens_in"]
+    long = "\r\n".join("a" * 150)
+    assert ask(client, png(), prompt=long)[0] == 200
 
 
 def test_a_wide_picture_shows_which_part_the_model_saw(client: TestClient) -> None:
@@ -179,6 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes | None], dict[str, str], int, str]] 
     "truncated": (lambda: png()[:-80], {}, 422, "damaged or cut off"),
     "bomb": (bomb, {}, 422, "pixels; make it smaller"),
     "many pixels": (large, {}, 422, "1000x1000 pixels, more than 200000"),
+    "a line": (lambda: png((300, 1)), {}, 422, "300x1 pixels, which is a line; crop it"),
     "too large": (lambda: png() + bytes(300_000), {}, 413, "larger than 0.2 MB"),
     "far too large": (lambda: bytes(2_000_000), {}, 413, "larger than 0.2 MB"),
     "long prompt": (png, {"prompt": "a" * 301}, 422, "301 characters, more than 300"),
@@ -267,6 +284,7 @@ def test_names_of_others_are_refused(client: TestClient, host: str) -> None:
     [
         {"origin": "http://evil.example"},
         {"origin": "null"},
+        {"origin": "http://[::1"},
         {"origin": "http://127.0.0.1:1"},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},

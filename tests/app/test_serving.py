@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from starlette.responses import Response
 
-from itprune.app.addresses import is_loopback
-from itprune.app.guards import Guards
 from itprune.cli import app
+from itprune.web.addresses import is_loopback
+from itprune.web.guards import Guards
 from tests.app.asking import answers, connect, events, form, png, post
 from tests.app.conftest import BUNDLED
 
@@ -196,9 +197,24 @@ def test_what_others_can_reach(name: str) -> None:
         ("0.0.0.0", "evil.example:7860", False),
         ("box.example", "box.example:7860", True),
         ("127.0.0.1", "192.168.0.7:7860", False),
+        ("127.0.0.1", "see.example", True),
+        ("127.0.0.1", "not-see.example", False),
     ],
 )
 def test_names_a_server_goes_by(bound: str, host: str, known: bool) -> None:
     async def nothing(*args: object) -> None: ...
 
-    assert Guards(nothing, bound)._known(host) is known
+    assert Guards(nothing, bound, Response, ["See.example"])._known(host) is known
+
+
+def test_the_page_behind_a_proxy() -> None:
+    with running("--name", "see.example") as (url, _):
+        body, headers = form(png())
+        named = {"Host": "see.example", "Origin": "https://see.example"}
+        for more, status in ((named, 200), ({**named, "Host": "else.example"}, 403)):
+            connection = connect(url)
+            connection.request("POST", "/api/ask", body, {**headers, **more})
+            response = connection.getresponse()
+            assert response.status == status
+            response.read()
+            connection.close()

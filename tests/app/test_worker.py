@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 from starlette.testclient import TestClient
 
+from itprune.app import server, serving
 from itprune.app.limits import Limits
 from itprune.app.server import make_app
 from itprune.app.session import Session
-from itprune.app.worker import CLOSING, FAILED, Full, Worker
+from itprune.app.worker import CLOSING, END, FAILED, Full, Worker
+from itprune.web import connection as web_connection
 from tests.app.asking import answers, connect, events, form, png
 from tests.app.serving import WAIT, served
 from tests.app.stubs import Slow, Visitor
@@ -77,7 +81,9 @@ def test_who_leaves_in_the_middle_frees_the_model(slow: Slow, worker: Worker) ->
     assert second.told()[-1]["answer"] == "b"
 
 
-@pytest.mark.parametrize(("prompt", "error"), [("bad", "a sentence"), ("broken", FAILED)])
+@pytest.mark.parametrize(
+    ("prompt", "error"), [("bad", "a sentence"), ("mute", FAILED), ("broken", FAILED)]
+)
 def test_a_question_that_fails_stops_nobody(
     slow: Slow, worker: Worker, prompt: str, error: str
 ) -> None:
@@ -128,6 +134,68 @@ def test_a_visitor_who_goes_frees_the_model_for_the_next(session: Session, slow:
             assert slow.began.get(timeout=WAIT) == prompt
             response.close()
             connection.close()
+
+
+def test_who_says_nothing_cannot_hold_all_connections(
+    session: Session, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_connection, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "CONNECTIONS", 4)
+    head = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    with served(session, Worker(slow, waiting=4)) as url:
+        place = (urlsplit(url).hostname, urlsplit(url).port)
+        silent = [socket.create_connection(place, timeout=WAIT) for _ in range(4)]
+        silent[1].sendall(head)
+        silent[2].sendall(head + b"\r\n" + head)  # an answer, then half a request
+        for connection in silent:
+            while connection.recv(1 << 16):
+                pass
+            connection.close()
+        own = connect(url)
+        own.request("GET", "/")
+        assert own.getresponse().status == 200
+        own.close()
+
+
+def test_who_waits_for_an_answer_is_not_cut_off(
+    session: Session, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_connection, "HEAD_SECONDS", 0.01)
+    monkeypatch.setattr(server, "BEAT", 0.01)
+    with served(session, Worker(slow, waiting=4)) as url:
+        connection = connect(url)
+        body, headers = form(png(), prompt="a")
+        connection.request("POST", "/api/ask", body, headers)
+        response = connection.getresponse()
+        beats = 0
+        while beats < 10:
+            beats += response.readline().startswith(b": still here")
+        slow.go.release()
+        assert events(response.read().decode())[-1] == END
+        connection.close()
+
+
+def test_uploads_are_no_more_than_may_wait(session: Session, slow: Slow) -> None:
+    body, headers = form(png())
+    with served(session, Worker(slow, waiting=1)) as url:
+        half, other = connect(url), connect(url)
+        half.putrequest("POST", "/api/ask")
+        for name, value in {
+            **headers,
+            "Content-Length": str(len(body)),
+            "Expect": "100-continue",
+        }.items():
+            half.putheader(name, value)
+        half.endheaders()
+        assert half.sock is not None
+        assert half.sock.recv(100).startswith(b"HTTP/1.1 100")  # the server reads
+        other.request("POST", "/api/ask", body, headers)
+        assert other.getresponse().status == 503
+        other.close()
+        slow.go.release()
+        half.send(body)
+        assert b'"end"' in half.getresponse().read()
+        half.close()
 
 
 def test_an_answer_that_takes_too_long_is_cut(client: TestClient, session: Session) -> None:

@@ -215,6 +215,8 @@ def test_pictures_beside_the_saved_file_are_named_from_it(
         ("/keep nan", "keep: must be a fraction in (0, 1], got nan"),
         ("/method visionzap", "method: unknown value 'visionzap'; did you mean 'visionzip'?"),
         ("/method quecc", "method 'quecc' has trained parts"),
+        ("/image ~nobody-of-this-name/a.png", "missing image"),
+        ("/save ~nobody-of-this-name/a.jsonl", "/save: there is no dialogue yet"),
         ("/save", "/save: the name of a file is needed"),
         ("/save a.jsonl", "/save: there is no dialogue yet"),
         ("blue \udc80", "the text holds half a character"),
@@ -254,6 +256,18 @@ def test_a_picture_is_looked_at_before_the_model_is_loaded(
     args = options(checkpoint, "--image", "nowhere.png")
     with pytest.raises(ValueError, match="missing image"):
         args.run(args)
+
+
+def test_a_letter_in_another_encoding_is_one_sentence(
+    checkpoint: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"blue\n\xff\xfe\ngreen\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert main(["chat", "--model", str(checkpoint), *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert "half a character" in err
+    assert len(err.splitlines()) == 1
+    assert len(out.splitlines()) == 2
 
 
 def test_quit_ends_it(talk: Chat) -> None:

@@ -37,3 +37,10 @@ def test_as_a_real_command(checkpoint: Path, pictures: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() == Answer.__dataclass_fields__.keys()
+
+
+def test_an_error_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["infer", "--model", "a\x1b[2Jb", "--prompt", "what?"]) == 1
+    err = capsys.readouterr().err
+    assert "a\\x1b[2Jb: no such checkpoint folder" in err
+    assert "\x1b" not in err

@@ -280,7 +280,7 @@ def test_bad_samples_are_counted_by_reason(
     (images / "0.png").unlink()
     (images / "1.png").write_bytes(b"no picture")
     Image.new("RGB", (900, 900)).save(images / "2.png")
-    monkeypatch.setattr("train.data.images.MAX_PIXELS", 500_000)
+    monkeypatch.setattr("itprune.question.MAX_PIXELS", 500_000)
     found = doctor(PRUNED)
     assert found.data is not None
     assert dict(found.data.bad) == {

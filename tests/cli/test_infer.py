@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def test_an_answer_and_its_cost(checkpoint: Path, pictures: Path, capsys: Any) -
         f"visual tokens 32 -> {record['visual_stage1']} -> {record['visual_stage2']}" in plain.err
     )
     assert f"KV cache {record['kv_entries']} entries" in plain.err
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "\\x1b[2J"), (False, "\x1b[2J")])
+def test_an_answer_does_not_steer_a_terminal(
+    checkpoint: Path, monkeypatch: Any, capsys: Any, terminal: bool, shown: str
+) -> None:
+    answer = Answerer.answer
+    monkeypatch.setattr(
+        Answerer,
+        "answer",
+        lambda self, batch: [replace(a, answer="\x1b[2J") for a in answer(self, batch)],
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["infer", "--model", str(checkpoint), "--prompt", "blue?", *SHORT]) == 0
+    assert capsys.readouterr().out == f"{shown}\n"
 
 
 def test_keep_and_method_replace_those_of_the_checkpoint(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -136,3 +138,40 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, side: int
     with pytest.raises(ValueError, match=r"pixels.*; make it smaller first"):
         open_image(bomb)
     assert side * side > module.MAX_PIXELS
+
+
+@pytest.mark.parametrize("size", [(1, 201), (402, 2)])
+def test_a_line_is_no_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+    """A processor that resizes the shorter side would make gigabytes of it."""
+    Image.new("1", size).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="one side more than 200 times the other; crop it first"):
+        open_image(tmp_path / "line.png")
+    Image.new("1", (200, 1)).save(tmp_path / "thin.png")
+    assert open_image(tmp_path / "thin.png").size == (200, 1)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_sixteen_bits_of_grey_are_scaled(kind: str, order: str) -> None:
+    grey = np.linspace(0, 65535, 256).astype(order).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, kind)
+    seen = np.asarray(open_image(io.BytesIO(file.getvalue())))
+    assert seen.shape == (16, 16, 3)
+    assert (seen == np.arange(256).reshape(16, 16, 1)).all()
+
+
+def test_whatever_a_decoder_raises_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6 4\xff0 5 255\n")  # ValueError
+    odd = io.BytesIO()
+    Image.new("RGBA", (8, 8)).save(odd, "DDS")
+    whole = odd.getvalue()
+    (tmp_path / "a.dds").write_bytes(whole[:80] + bytes(48) + whole[128:])  # NotImplementedError
+    for name in ("a.ppm", "a.dds"):
+        with pytest.raises(ValueError, match=rf"^unreadable image .*{name} \("):
+            open_image(tmp_path / name)
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(ValueError, match=r"is a program \(EPS\), not a picture"):
+        open_image(tmp_path / "a.jpg")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from itprune.comparing.curves import looks_of, matplotlib_figure, panel
 from itprune.comparing.entries import Case, Entry
 from itprune.comparing.scoring import DRAWS, bounds, interval
 from itprune.evaluating.bootstrap import TOTALLED, Draws
@@ -116,6 +117,27 @@ def test_a_mean_over_groups_is_drawn_by_groups() -> None:
     assert not draws.is_mean
     # Pairs that are right or wrong together leave only 0, a half and 1.
     assert set(draws.figures(scores(1, 1, 0, 0)).tolist()) == {0.0, 0.5, 1.0}
+    # A pair that is drawn twice counts twice: two thirds of three pairs can be one and the same.
+    task, items = make(Pairs, ["a1", "a2", "b1", "b2", "c1", "c2"])
+    figures = Draws(task, items).figures(scores(1, 1, 0, 0, 0, 0))
+    assert {round(value, 3) for value in figures.tolist()} == {0.0, 0.333, 0.667, 1.0}
+
+
+def test_the_difference_to_dense_is_paired() -> None:
+    task, items = make(Plain, [f"a{i}" for i in range(20)])
+    dense, other = scores(*[1.0, 0.0] * 10), scores(*[1.0, 0.0] * 9, 0.0, 0.0)
+    costs = costs_of([record(0.1)] * 20)
+    answered = [
+        Answered(case("dense", 1.0), costs, "s", dense),
+        Answered(case("visionzip", 0.2), costs, "s", dense),
+        Answered(case("uniform", 0.2), costs, "s", other),
+    ]
+    _, same, worse = summarise(task, items, answered)
+    assert (same["difference_low"], same["difference_high"]) == (0.0, 0.0)
+    # They differ in one question of twenty, which is drawn three times at most in 95 %.
+    assert worse["difference_high"] == 0.0
+    assert worse["difference_low"] == pytest.approx(-0.15)
+    assert worse["high"] - worse["low"] > 0.3
 
 
 # ------------------------------------------------------------------------------------ lines
@@ -215,6 +237,15 @@ def test_points_are_no_percentage(tmp_path: Path) -> None:
     draw_pareto([run], tmp_path / "pareto.png")
 
 
+def test_names_are_joined_to_the_points_furthest_right() -> None:
+    axis = matplotlib_figure()().subplots()
+    point = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    curves = {"m": [{**point, "per_s": 9.0}, {**point, "per_s": 5.0}]}
+    panel(axis, curves, looks_of(curves), {**point, "per_s": 2.0}, "per_s", "answers per second")
+    starts = [line.get_xdata()[0] for line in axis.lines if not line.get_clip_on()]
+    assert starts[0] == pytest.approx(9 / axis.get_xlim()[1])
+
+
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_pareto([Run(HEAD, [])], tmp_path / "pareto.png")
@@ -233,6 +264,8 @@ def test_later_lines_join_a_run_and_replace_their_like(tmp_path: Path) -> None:
     put_run(folder, Run({**HEAD, "items": 3}, lines[:1]))  # other questions count now
     (run,) = all_runs(tmp_path)
     assert [line["method"] for line in run.lines] == ["dense"]
-    (folder / "summary.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a summary of `itprune eval`"):
-        all_runs(tmp_path)
+    without = {name: value for name, value in run.to_dict().items() if name != "share"}
+    for other in ("[]", json.dumps(without)):
+        (folder / "summary.json").write_text(other)
+        with pytest.raises(ValueError, match="not a summary of `itprune eval`"):
+            all_runs(tmp_path)

@@ -95,7 +95,7 @@ def test_texts_are_escaped() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.0541, "0.0541"), (12, "12"), (999, "999"), (1500, "1.5k"), (2.5e6, "2.5M"),
-     (7.03e9, "7.03G"), (3e12, "3T")],
+     (7.03e9, "7.03G"), (3e12, "3T"), (0.00502, "5.0e-3"), (-1e-5, "-1.0e-5")],
 )  # fmt: skip
 def test_short_figures(value: float, text: str) -> None:
     assert short(value) == text

@@ -149,14 +149,28 @@ def test_a_file_of_questions(pictures: list[Path], tmp_path: Path) -> None:
     data.write_text(json.dumps(records))
     out = tmp_path / "see"
     assert inspect("--model", MODEL, "--data", data, "--max-new-tokens", 2, "--output", out) == 0
-    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
     assert "<u>1" in page.text
     assert "Right answer in the data: a <i>" in page.text
     assert page.text.count("visual tokens → ") == 2 + 1  # in two prompts and at the top
+    counts = re.findall(r"<title>(into the LLM|last layer) \d+: (\d+)</title>", text)
+    for name in ("into the LLM", "last layer"):  # of the two that see something
+        assert sum(int(count) for stage, count in counts if stage == name) == 2
     assert "i" in page.tags  # legends; what the data holds is text
     figures = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
     assert figures["questions"][2]["visual_tokens"] == []
     assert len(list(out.glob("*.png"))) == 6
+
+
+def test_questions_without_pictures_have_no_histogram(tmp_path: Path) -> None:
+    data = tmp_path / "val.json"
+    data.write_text(json.dumps([{"prompt": "Hello?"}]))
+    out = tmp_path / "see"
+    assert inspect("--model", MODEL, "--data", data, "--max-new-tokens", 2, "--output", out) == 0
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    assert "Tokens in each layer, mean" in page.text
+    assert "Questions by visual tokens kept" not in page.text
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ def evaluation(folder: Path) -> Path:
     pope = [row("dense", 1.0, 0.8, "value"), row("itprune", 0.22, 0.7, "value")]
     mme = [row("dense", 1.0, 1500.0, "value"), row("itprune", 0.22, 1400.0, "value")]
     runs = [
-        {"task": "pope", "metric": "f1", "model": "m", "data": ["p.jsonl"], "rows": pope},
-        {"task": "mme", "metric": "mme_score", "model": "m", "data": ["m"], "rows": mme},
+        {"task": "pope", "metric": "f1", "share": True, "model": "m", "rows": pope},
+        {"task": "mme", "metric": "mme_score", "share": False, "model": "m", "rows": mme},
     ]
     (folder / "eval.json").write_text(json.dumps({"runs": runs}))
     return folder

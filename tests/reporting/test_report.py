@@ -216,7 +216,7 @@ def test_html_in_names_is_text(tmp_path: Path) -> None:
     outcome = {"state": "failed", "step": 1, "sentence": evil}
     first = training(tmp_path / "<b>one", [attempt(recipe=recipe, outcome=outcome)])
     head = {"model": evil, "data": evil, "metric": evil,
-            "rows": [row(evil, 1.0, 0.5, evil)]}  # fmt: skip
+            "rows": [row(evil, 1.0, 0.5)]}  # fmt: skip
     scores = tmp_path / "s"
     scores.mkdir()
     (scores / "compare.json").write_text(json.dumps(head))
@@ -226,6 +226,17 @@ def test_html_in_names_is_text(tmp_path: Path) -> None:
     assert not {"img", "b"} & set(found.tags)
     assert sum(evil in words for words in found.texts) >= 6
     assert "<b>one" in found.texts
+
+
+def test_the_record_says_what_is_a_share(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    line = row("dense", 1.0, 0.7, "value") | {"points": 1.0}
+    head = {"task": "mine", "metric": "points", "share": False, "model": "m", "rows": [line]}
+    (folder / "eval.json").write_text(json.dumps({"runs": [head]}))
+    texts = Page(written(folder)).texts
+    assert {"points", "0.7"} <= set(texts)
+    assert "70.0" not in texts
 
 
 def test_one_run_of_one_step_is_drawn(tmp_path: Path) -> None:
@@ -257,6 +268,18 @@ def test_scores_keep_their_best_methods_in_the_picture(tmp_path: Path) -> None:
     names = [name for _, name in picture.legend]
     assert names == ["dense", "random", "m11", "m10", "m9", "m8", "m7", "m6"]
     assert "6 further method(s)" in picture.note
+
+
+def test_controls_look_alike_in_all_pictures(tmp_path: Path) -> None:
+    found = []
+    for name, values in (("a", (0.9, 0.1)), ("b", (0.1, 0.9))):
+        (tmp_path / name).mkdir()
+        rows = [row("m", 0.2, 0.5), *map(row, ("random", "dense"), (0.2, 1.0), values)]
+        head = {"model": "m", "data": "d", "rows": rows}
+        (tmp_path / name / "compare.json").write_text(json.dumps(head))
+        (picture,) = charts(summarise([tmp_path / name]))
+        found.append([method for _, method in picture.legend])
+    assert found == [["dense", "random", "m"]] * 2
 
 
 def test_points_stand_where_their_values_are() -> None:

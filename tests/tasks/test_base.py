@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import itprune.tasks as registry
+from itprune import plugins
+from itprune.records import image_names
 from itprune.tasks import find_task, register_task, tasks
-from itprune.tasks.base import Item, Task, check_images, image_names, share_all_right
+from itprune.tasks.base import Item, Task, check_images, share_all_right
 
 from .made import picture, png
 
@@ -176,11 +177,11 @@ def test_tasks_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         name, value = "broken", "somewhere:Broken"
 
         def load(self) -> None:
-            raise ImportError("no module somewhere")
+            raise NameError("no module somewhere")
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken()])
     with pytest.warns(UserWarning, match="task 'broken' of somewhere:Broken is left out"):
-        registry._load_entry_points.__wrapped__()
+        plugins.load_plugins.__wrapped__("itprune.tasks", "task")
 
 
 @pytest.mark.parametrize(("name", "message"), [("Bad Name", "lower-case"), ("gqa", "taken")])

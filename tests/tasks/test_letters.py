@@ -42,6 +42,7 @@ def test_letters_that_are_stated(answer: str, letter: str) -> None:
         ("I think it is B because of its ears", "B"),
         ("B or C", ""),
         ("A or B", ""),
+        ("It could be A or C here", ""),
         # In a longer answer an A is an article.
         ("A man and his dog", "B"),
         ("A man walks home", ""),

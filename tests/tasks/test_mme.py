@@ -125,7 +125,15 @@ def test_mme_errors(tmp_path: Path) -> None:
         ({"image": "gone.png"}, "the first is 'gone.png'"),
         ({"image": {"path": "x"}}, "`image` holds no bytes"),
     ):
-        refused("mme", lines_file(tmp_path / "mme.jsonl", [row() | changed]), message)
+        rows = [row() | changed, row("Two?") | changed]
+        refused("mme", lines_file(tmp_path / "mme.jsonl", rows), message)
+
+
+def test_a_picture_with_another_number_of_questions_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "code_reasoning" / "1.png")
+    for rows in ([row()], [row(), row("Two?"), row("Three?")], [row(), row(question_id="2")]):
+        path = lines_file(tmp_path / "mme.jsonl", rows)
+        refused("mme", path, "about a picture, but 'code_reasoning/1.png' has ")
 
 
 def test_errors_of_the_folder(tmp_path: Path) -> None:
@@ -135,7 +143,7 @@ def test_errors_of_the_folder(tmp_path: Path) -> None:
     (root / "count" / "1.txt").write_text("One? Yes\n")
     refused("mme", root, "1.txt:1: must be a question, a tab and an answer")
     (root / "count" / "1.txt").write_bytes(b"\xff\tYes\n")
-    refused("mme", root, "cannot be read as UTF-8 text")
+    refused("mme", root, "not UTF-8 text")
     (root / "count" / "1.txt").write_text("One?\tYes\n")
     (root / "count" / "1.jpg").unlink()
     refused("mme", root, "has no picture 1.jpg or .png")

@@ -111,6 +111,7 @@ def test_scienceqa_errors(files: list[Path], tmp_path: Path) -> None:
         refused("scienceqa", path, message)
     one = json_file(tmp_path / "problems.json", {"1": problem()})
     refused("scienceqa", [one, files[1]], "2 of test's problems are missing, the first is '2'")
+    refused("scienceqa", [files[0], one, files[1]], "problem '1' stands in ")
     refused("scienceqa", files[1], "3 of test's problems are missing")
     other = json_file(tmp_path / "list.json", [{"id": "1"}])
     refused("scienceqa", other, "not LLaVA's ScienceQA, it has no `conversations`")

@@ -144,7 +144,6 @@ def test_vqav2(files: list[Path]) -> None:
         task = read("vqav2", given_files)
         (item,) = task.items
         assert (item.id, item.kind) == ("42000", "number")
-        assert item.facts["question_type"] == "how many"
         assert len(task.question(item).images) == 1
         assert item.record["prompt"].startswith("How many dogs?\nAnswer the question using")
     # "Two." becomes 2, which three said: (3 * 2/3 + 7 * 1) / 10.
@@ -161,12 +160,42 @@ def test_a_hyphen_all_agree_on_can_be_right(tmp_path: Path) -> None:
     assert total(task, {"42000": "T-shirt"}) == {"accuracy": 1.0}
 
 
+def test_vqav2_by_type_of_question(files: list[Path]) -> None:
+    assert [item.kind for item in read("vqav2", files, kind="question_type").items] == ["how many"]
+
+
+@pytest.mark.parametrize(
+    ("humans", "answer", "published"),
+    [
+        (["t-shirt"] * 10, "t-shirt", 0.0),  # all agree: left as it stands, "t shirt" is not it
+        (["t-shirt"] * 9 + ["shirt"], "t-shirt", 1.0),  # else both become "t shirt"
+        (["none"] * 9 + ["no"], "none", 0.0),  # the answer becomes 0, what they said does not
+        (["the sea"] * 9 + ["sea"], "the sea", 0.3),  # becomes "sea", which one of ten said
+        (["yes"] * 10, "Yes.", 1.0),
+    ],
+)
+def test_humans_as_vqas_script_leaves_them(
+    tmp_path: Path, humans: list[str], answer: str, published: float
+) -> None:
+    picture(tmp_path / "COCO_val2014_000000000042.jpg")
+    questions = json_file(tmp_path / "q.json", {"questions": [asked()]})
+    annotations = json_file(tmp_path / "a.json", {"annotations": [noted(humans)]})
+    files = [questions, annotations]
+    assert total(read("vqav2", files), {"42000": answer}) == {"accuracy": 1.0}
+    task = read("vqav2", files, humans="published")
+    assert total(task, {"42000": answer}) == {"accuracy": pytest.approx(published)}
+
+
 def test_vqav2_errors(files: list[Path], tmp_path: Path) -> None:
     questions, annotations = files
     refused("vqav2", questions, "has no answer to score with; test splits hold none")
     refused("vqav2", annotations, "the file of the questions is missing")
     refused("vqav2", [questions, questions], "a second file of questions")
     refused("vqav2", files, "unknown value '2014'", images="2014")
+    refused("vqav2", files, "task vqav2: kind", kind="type")
+    refused("vqav2", files, "task vqav2: humans", humans="raw")
+    double = json_file(tmp_path / "double.json", {"annotations": [noted(["1"]), noted(["2"])]})
+    refused("vqav2", [questions, double], "question '42000' has an annotation already")
     other = json_file(tmp_path / "other.json", {"data": []})
     refused("vqav2", [questions, other], "it has no list `questions` or `annotations`")
     refused("vqav2", json_file(tmp_path / "list.json", []), "must be a JSON object, got list")

@@ -67,8 +67,8 @@ FORMATS: dict[str, list[tuple[str, Any]]] = {
     "mme": [
         (
             "mme",
-            [{"question_id": "1", "image": "a.png", "question": "?", "answer": "Yes",
-              "category": "OCR"}],
+            [{"question_id": "1", "image": "a.png", "question": "?", "answer": answer,
+              "category": "OCR"} for answer in ("Yes", "No")],
         )
     ],
     "records": [

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from itprune.question import IMAGE
+from itprune.question import IMAGE, MAX_PIXELS
 from tests.train.helpers import turn
 from train.data.dataset import read_records
 from train.data.files import CHUNK
-from train.data.images import MAX_DATA, MAX_PIXELS, ImageOpener
+from train.data.images import MAX_DATA, ImageOpener
 from train.data.llava import LlavaRecords, llava_sample
 from train.data.messages import JsonlRecords, record_sample
 from train.data.sample import BadSample, LostSource, Sample, Turn
@@ -259,7 +259,7 @@ def test_no_program_of_the_data_is_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(BadSample, match="EPS is a program"):
+    with pytest.raises(BadSample, match=r"is a program \(EPS\)"):
         ImageOpener(tmp_path, strict=True)("a.jpg")
     assert not ran.exists()
 

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from tests.train.helpers import history, losses, recipe_values, train_here, write_data, write_recipe
 from tests.train.test_faults_launch import Running, recipe
 from train import surroundings
-from train.fingerprint import BLOCK, END, fingerprints
+from train.fingerprint import BLOCK, END, SAMPLE, fingerprints
 from train.guards.progress import Progress
 from train.guards.stopping import StopRequest
 from train.guards.watchdog import Watchdog
@@ -55,7 +55,14 @@ def test_a_finished_run_tells_everything(
     assert one["started"] <= one["ended"]
     assert all(re.fullmatch(r"[-\d]+T[:\d]+\+00:00", one[k]) for k in ("started", "ended", "seen"))
     assert one["recipe"] == load_recipe(output / "recipe.yaml").to_dict()
-    assert set(one["versions"]) >= {"itprune", "torch", "transformers", "peft", "python"}
+    assert set(one["versions"]) >= {
+        "itprune",
+        "torch",
+        "transformers",
+        "peft",
+        "python",
+        "accelerate",
+    }
     assert one["machine"]["device"] == "cpu"
     assert (one["processes"], one["launcher"], one["from_checkpoint"]) == (1, "python", None)
     assert one["samples"] == {"train": 24, "val": 24}
@@ -166,7 +173,17 @@ def test_a_record_that_cannot_be_written_fails_nothing(
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"attempts": 5}', '{"attempts": [5]}', '{"attempts": [{}]}', "\xff"]
+    "text",
+    [
+        "{",
+        "[]",
+        '{"attempts": 5}',
+        '{"attempts": [5]}',
+        '{"attempts": [{}]}',
+        "\xff",
+        "[" * 100_000,
+    ],
+    ids=range(7),
 )
 def test_a_damaged_record_is_put_aside(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
@@ -236,6 +253,17 @@ def test_large_files_are_sampled_and_say_so(tmp_path: Path) -> None:
     assert fingerprints([str(path)], whole=1000) == [one]
 
 
+def test_many_files_are_sampled_whatever_stands_beside_them(tmp_path: Path) -> None:
+    for name in ("a-0.tar", "a-1.tar"):
+        (tmp_path / name).write_bytes(bytes(SAMPLE + 1))
+    (tmp_path / "a-2.tar").write_bytes(bytes(SAMPLE))
+    (tmp_path / "b.json").write_bytes(bytes(2 * SAMPLE))
+    shards, alone = str(tmp_path / "a-*.tar"), str(tmp_path / "b.json")
+    found = fingerprints([shards, alone], together=3 * SAMPLE)
+    assert [one["of"] == "the whole file" for one in found] == [False, False, True, True]
+    assert found == fingerprints([shards], together=3 * SAMPLE) + fingerprints([alone])
+
+
 def test_patterns_and_folders_are_their_files(tmp_path: Path) -> None:
     for name in ("a-0.jsonl", "a-1.jsonl", "saved/state.json", "saved/data.arrow"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -258,14 +286,17 @@ def test_commits_are_told_with_changes(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "file").write_text("1")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
-    found = commit(tmp_path, top=True)
+    found = commit(tmp_path, ours=True)
     assert found is not None
     assert re.fullmatch("[0-9a-f]{40}", found["commit"])
     assert found["dirty"] is False
     assert commit(tmp_path / "inside") == found
-    assert commit(tmp_path / "inside", top=True) is None
+    assert commit(tmp_path / "inside", ours=True) is None
     (tmp_path / "file").write_text("2")
     assert commit(tmp_path) == {**found, "dirty": True}
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in a container
+    assert commit(tmp_path) is None
+    assert commit(tmp_path, ours=True) == {**found, "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("git") is None
     assert commit(tmp_path) is None
@@ -283,10 +314,31 @@ def test_commits_are_told_with_changes(tmp_path: Path, monkeypatch: pytest.Monke
         (["a.b={token: abc, c: 1}"], ["a.b={token: ***, c: 1}"]),
         (["hf_" + "a" * 20], ["***"]),
         (["data.train=https://me:word@host/x"], ["data.train=https://***@host/x"]),
+        (["https://me:p@ss@host/x"], ["https://***@host/x"]),
+        (["https://host/x?a=1&token=abc&b=2"], ["https://host/x?a=1&token=***&b=2"]),
+        (["s3://b/x?X-Amz-Signature=abc"], ["s3://b/x?X-Amz-Signature=***"]),
+        (["https://host/x?sv=1&sig=a%2Fb"], ["https://host/x?sv=1&sig=***"]),
+        (["AWS_SECRET_ACCESS_KEY=abc"], ["AWS_SECRET_ACCESS_KEY=***"]),
+        (['{"wandb_api_key": "a b", "c": 1}'], ['{"wandb_api_key": ***, "c": 1}']),
+        (["Authorization: Bearer abc"], ["Authorization: ***"]),
+        (["data.train=data/hf_llava_instruct_mixture.json"],) * 2,
+        (["data.train=configs/tokens_and_keys.json"],) * 2,
     ],
 )
 def test_secrets_are_hidden(words: list[str], shown: list[str]) -> None:
     assert without_secrets(words) == shown
+
+
+def test_no_secret_of_a_recipe_or_a_sentence_is_written(tmp_path: Path) -> None:
+    secret = "https://me:word@host/x"
+    attempt = {"recipe": {"trainer": {"run_name": secret, "hub_token": "word"}, "keep": [0.5]}}
+    record = Record(tmp_path / "run.json", attempt)
+    record.end("failed", f"cannot reach {secret}")
+    (one,) = attempts(tmp_path)
+    assert one["recipe"]["trainer"] == {"run_name": "https://***@host/x", "hub_token": "***"}
+    assert one["recipe"]["keep"] == [0.5]
+    assert one["outcome"]["sentence"] == "cannot reach https://***@host/x"
+    assert "word" not in (tmp_path / "run.json").read_text()
 
 
 def test_launchers_have_names() -> None:

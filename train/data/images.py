@@ -16,14 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from itprune.question import MAX_PIXELS
+from itprune.question import as_rgb, refusal
 from train.data.sample import BadSample
 
 DATA = "data:"
 MAX_DATA = 64 * 1024 * 1024
 """Characters of a data address."""
-PROGRAMS = ("EPS",)
-"""Formats that Pillow would hand to an interpreter (Ghostscript), whatever the file is called."""
 
 
 class ImageOpener:
@@ -104,8 +102,7 @@ def _open(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 def _checked(image: Image.Image, name: str) -> Image.Image:
     """Size first, pixels afterwards: the header alone must not make us decode gigabytes."""
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSample(f"{name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-    if image.format in PROGRAMS:
-        raise BadSample(f"unreadable image {name} ({image.format} is a program, not a picture)")
-    return image.convert("RGB")
+    wrong = refusal(image)
+    if wrong:
+        raise BadSample(f"image {name} {wrong}")
+    return as_rgb(image)

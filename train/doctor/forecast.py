@@ -23,6 +23,7 @@ KINDS = {
     "missing image": "images missing",
     "unreadable image": "images unreadable",
     "pixels, more than": "images too large",
+    "times the other": "images too thin",
     "its images need more": "too many image tokens (data.max_length)",
     "no supervised token": "no supervised token left (data.max_length)",
 }

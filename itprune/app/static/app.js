@@ -43,6 +43,7 @@ async function start() {
   $("prompt").maxLength = facts.limits.prompt;
   showChoice();
   listen();
+  take($("picture").files[0]); // chosen before we listened, or kept by the browser over a reload
 }
 
 function listen() {
@@ -62,15 +63,19 @@ function listen() {
     event.preventDefault();
     if (!asking) $("form").requestSubmit();
   });
-  const drop = $("drop");
-  drop.addEventListener("dragover", (event) => {
+  // Everywhere, since a browser leaves the page for a file that nobody takes.
+  const brings = (event) => event.dataTransfer.types.includes("Files");
+  const over = (is) => $("drop").classList.toggle("over", is);
+  document.addEventListener("dragover", (event) => {
+    if (!brings(event)) return;
     event.preventDefault();
-    drop.classList.add("over");
+    over(true);
   });
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
+  document.addEventListener("dragleave", (event) => event.relatedTarget || over(false));
+  document.addEventListener("drop", (event) => {
+    over(false);
+    if (!brings(event)) return;
     event.preventDefault();
-    drop.classList.remove("over");
     take(event.dataTransfer.files[0]);
   });
   document.addEventListener("paste", (event) => {
@@ -81,6 +86,7 @@ function listen() {
 function showChoice() {
   const method = facts.methods.find(({ name }) => name === $("method").value);
   $("title").textContent = method ? method.title : "";
+  $("note").textContent = method && $("keep").value < 1 ? method.note : "";
   $("kept").value = `${Math.round(100 * $("keep").value)} %`;
 }
 

@@ -1,4 +1,4 @@
-"""Guards: who may speak to the server, and what a browser may do with its pages.
+"""Guards: who may speak to a server.
 
 A page of another site can send requests to a server on this machine, and by DNS rebinding even read
 the answers. Such a request carries the other site's name in `Host` or `Origin`; it is refused.
@@ -7,37 +7,17 @@ the answers. Such a request carries the other site's name in `Host` or `Origin`;
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from itprune.app.addresses import is_loopback, is_number
+from itprune.web.addresses import is_loopback, is_number
 
-POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' blob:",  # the preview of the visitor's own picture
-        "connect-src 'self'",
-        "object-src 'none'",
-        "base-uri 'none'",
-        "form-action 'self'",
-        "frame-ancestors 'none'",
-    )
-)
-HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
-    "cache-control": "no-store",
-}
+HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+"""Of every answer of every server."""
 
 
 class Guards:
@@ -46,12 +26,23 @@ class Guards:
     Args:
         app: the application.
         host: the address it is bound to.
+        refuse: from one sentence to an answer with status 403.
+        names: further names it goes by, such as that of a proxy before it.
+        headers: of every answer, beside `HEADERS`.
     """
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
-        self.app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        refuse: Callable[[str], Response],
+        names: Iterable[str] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.app, self.refuse = app, refuse
+        self.headers = {**HEADERS, **(headers or {})}
         self.open = not is_loopback(host)
-        self.names = frozenset(_names(host))
+        self.names = frozenset((*_names(host), *(name.lower() for name in names)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,13 +53,13 @@ class Guards:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         if refusal is None:
             await self.app(scope, receive, guarded)
         else:
-            await JSONResponse({"error": refusal}, 403)(scope, receive, guarded)
+            await self.refuse(refusal)(scope, receive, guarded)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         """One sentence to a request that is not from our own page; None: it may pass."""
@@ -78,7 +69,7 @@ class Guards:
         if method in ("GET", "HEAD"):
             return None
         origin = headers.get("origin")  # browsers always send it here; other programs need not
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return "this request comes from another site's page"
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return "this request comes from another site's page"

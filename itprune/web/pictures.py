@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image
 
-from itprune.question import open_image
+from itprune.question import is_thin, open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What browsers show; Pillow's other decoders are not offered to strangers."""
@@ -21,13 +21,15 @@ def read_picture(data: bytes, pixels: int) -> Image.Image:
         pixels: the most a picture may have.
 
     Raises:
-        ValueError: no picture, a damaged one, or one too large.
+        ValueError: no picture, a damaged one, or one too large or too thin.
     """
     width, height = _size(data)
     if width * height > pixels:
         raise ValueError(
             f"the picture has {width}x{height} pixels, more than {pixels}; make it smaller first"
         )
+    if is_thin((width, height)):
+        raise ValueError(f"the picture has {width}x{height} pixels, which is a line; crop it first")
     try:
         return open_image(io.BytesIO(data))
     except ValueError:  # its sentence names a file, and here is none
@@ -45,5 +47,5 @@ def _size(data: bytes) -> tuple[int, int]:
         raise ValueError("the picture has far too many pixels; make it smaller first") from None
     except (OSError, SyntaxError, ValueError):
         raise ValueError(
-            f"the file is not a picture this page can read; use {', '.join(FORMATS)}"
+            f"the file is not a picture that is read here; use {', '.join(FORMATS)}"
         ) from None

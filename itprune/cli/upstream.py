@@ -1,0 +1,104 @@
+"""Options of commands that encode images here and have vLLM servers elsewhere answer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from itprune.cli.loading import DTYPES, dtype_of, load, one_sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from itprune.serving.encode import Encoder
+    from itprune.serving.upstream import UpstreamBackend
+
+KEY = "ITPRUNE_UPSTREAM_KEY"
+WIRES = ("prompt", "images")
+
+
+def add_upstream_options(parser: argparse.ArgumentParser) -> None:
+    """The options, in a group of their own."""
+    group = parser.add_argument_group("vLLM servers elsewhere")
+    group.add_argument(
+        "--upstream", metavar="URL,URL", help="where they are, such as http://127.0.0.1:8001"
+    )
+    group.add_argument(
+        "--wire",
+        choices=WIRES,
+        default="prompt",
+        help="prompt: the rows of whole prompts, for stock servers started with "
+        "--enable-prompt-embeds; images: chat messages with the rows of images, for servers "
+        "started with --enable-mm-embeds; default %(default)s",
+    )
+    group.add_argument(
+        "--same-count",
+        type=int,
+        metavar="N",
+        help="every image keeps N tokens: what --wire images needs where servers run without our "
+        "plug-in",
+    )
+    group.add_argument(
+        "--rows-dtype", choices=DTYPES, help="of what is sent; default: that of the checkpoint"
+    )
+    group.add_argument(
+        "--upstream-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"the key the servers ask for; else {KEY}",
+    )
+
+
+def load_encoder(args: argparse.Namespace) -> Encoder:
+    """The vision half of the model the options name.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    from itprune.serving.encode import Encoder
+
+    loaded = load(args, llm=False)
+    dtype = None if args.rows_dtype is None else dtype_of(args.rows_dtype)
+    with one_sentence(Path(args.model)):
+        return Encoder(loaded, same_count=args.same_count, dtype=dtype)
+
+
+def make_upstream(
+    args: argparse.Namespace, name: str, offered: Sequence[str] | None = ()
+) -> UpstreamBackend:
+    """What answers with the servers of --upstream.
+
+    Args:
+        args: the options.
+        name: what clients call the model.
+        offered: further methods that may be asked for; None: all that fit.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    from itprune.serving.balance import read_urls
+    from itprune.serving.upstream import UpstreamBackend
+    from itprune.serving.wire import WIRES as KINDS
+
+    urls, key = read_urls(args.upstream or ""), read_key(args.upstream_key_file)
+    encoder = load_encoder(args)
+    return UpstreamBackend(encoder, KINDS[args.wire](encoder), urls, name, offered, key)
+
+
+def read_key(file: Path | None) -> str:
+    """The key for the servers; empty: none.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no key.
+    """
+    if file is None:
+        return os.environ.get(KEY, "").strip()
+    try:
+        words = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"--upstream-key-file {file}: cannot be read") from None
+    if len(words) != 1 or not words[0].isascii():
+        raise ValueError(f"--upstream-key-file {file}: must hold one key, and nothing else")
+    return words[0]
