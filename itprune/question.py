@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from itprune.options import nearest
 
@@ -27,6 +28,33 @@ MAX_RATIO = 200
 """A processor that resizes the shorter side would make gigabytes of a thinner picture."""
 PROGRAMS = ("EPS",)
 """Formats that Pillow would hand to an interpreter (Ghostscript), whatever the file is called."""
+DECODING_FAILS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+)
+"""What Pillow's decoders raise when a file is not what it says."""
+TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
+"""EXIF's orientations, 2 to 8, and what makes a picture upright."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -210,7 +238,7 @@ def open_image(source: str | Path | io.BytesIO) -> Image.Image:
         raise ValueError(
             f"image {source} has more than {2 * MAX_PIXELS} pixels; make it smaller first"
         ) from None
-    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # as Pillow's decoders fail
+    except DECODING_FAILS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"unreadable image {source} ({reason})") from None
     raise ValueError(f"image {source} {wrong}")
@@ -234,8 +262,19 @@ def is_thin(size: tuple[int, int]) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB, eight bits a channel; 16 bits of grey are scaled, where Pillow would cut
-    off all that is above 255."""
+    """A picture in RGB, eight bits a channel, the way up it was taken; 16 bits of grey are scaled,
+    where Pillow would cut off all that is above 255."""
+    image = _upright(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A photo as its EXIF data says it was taken, which is how people see it."""
+    image.load()  # Pillow turns TIFF itself while it does
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DECODING_FAILS:
+        return image  # whatever a camera wrote beside them, the pixels are good
+    return image if turn is None else image.transpose(turn)

@@ -75,9 +75,7 @@ def serve(session: Session, listener: socket.socket, host: str, names: Iterable[
     worker.start()
     config = configure(session, worker, host, names)
     try:
-        with contextlib.suppress(
-            KeyboardInterrupt
-        ):  # how uvicorn hands on a Ctrl-C it has dealt with
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn has dealt with
             Server(config, worker).run(sockets=[listener])
     finally:
         worker.close()

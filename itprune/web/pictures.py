@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image
 
-from itprune.question import is_thin, open_image
+from itprune.question import DECODING_FAILS, is_thin, open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What browsers show; Pillow's other decoders are not offered to strangers."""
@@ -45,7 +45,7 @@ def _size(data: bytes) -> tuple[int, int]:
                 return image.size
     except Image.DecompressionBombError:
         raise ValueError("the picture has far too many pixels; make it smaller first") from None
-    except (OSError, SyntaxError, ValueError):
+    except DECODING_FAILS:
         raise ValueError(
             f"the file is not a picture that is read here; use {', '.join(FORMATS)}"
         ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from itprune import question as module
 from itprune.question import ImageFolder, Question, open_image
@@ -124,6 +124,34 @@ def test_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"unreadable image .*cut\.jpg"):
         open_image(tmp_path / "cut.jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_photos_are_turned_as_they_were_taken(tmp_path: Path, kind: str) -> None:
+    corner = Image.new("RGB", (24, 16), "white")
+    corner.paste("black", (0, 0, 8, 8))
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        corner.save(tmp_path / "photo", kind, exif=exif)
+        with Image.open(tmp_path / "photo") as photo:
+            expected = ImageOps.exif_transpose(photo).convert("RGB")
+        found = open_image(tmp_path / "photo")
+        assert found.size == expected.size
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_what_a_camera_wrote_wrongly_costs_no_picture(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    PICTURE.save(tmp_path / "photo.jpg", exif=exif)
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    start = whole.index(b"Exif")
+    for length in range(6, len(exif.tobytes()) - 4):
+        broken = bytearray(whole)
+        broken[start + length : start + length + 4] = b"\xff\xff\xff\xff"
+        (tmp_path / "photo.jpg").write_bytes(broken)
+        assert sorted(open_image(tmp_path / "photo.jpg").size) == sorted(PICTURE.size)
 
 
 @pytest.mark.parametrize("side", [10_000, 100_000])

@@ -18,6 +18,7 @@ from train.scenes import write_dataset
 MODEL = ROOT / "assets" / "tiny-llava"
 TASKS = ROOT / "launch" / "lmms_eval"
 METHOD = ("visionzip", "0.25")
+pytestmark = pytest.mark.xdist_group("lmms")  # one worker makes the environment
 
 
 def test_the_registry_finds_us_by_an_entry_point() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from itprune.question import as_rgb, refusal
+from itprune.question import DECODING_FAILS, as_rgb, refusal
 from train.data.sample import BadSample
 
 DATA = "data:"
@@ -93,7 +93,7 @@ def _open(source: Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
         return _checked(image, name)
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+    except (*DECODING_FAILS, Image.DecompressionBombError) as error:
         if isinstance(error, BadSample):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
