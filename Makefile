@@ -29,17 +29,17 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-e '.[train,quant,trl,wandb,plots,app,search,examples,dev]'
+		-e '.[train,quant,trl,wandb,plots,app,serve,search,examples,dev]'
 	touch $(READY)
 
 quickstart: $(READY)  ## data, pruned LoRA through DeepSpeed, inference, a table and pictures
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m train.quickstart
 
 test: $(READY)  ## the whole suite, slow end-to-end runs included
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/vllm
 
 test-fast: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/vllm -m 'not slow'
 
 $(OLDEST)/.ready-$(TORCH): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)

@@ -20,8 +20,8 @@ from typing import Any
 from itprune.cli.terminal import harmless
 
 COMMANDS = (
-    "train", "infer", "chat", "app", "inspect", "eval", "compare", "report", "merge", "export",
-    "calibrate", "methods", "doctor", "env", "bench",
+    "train", "infer", "chat", "app", "serve", "encode", "inspect", "eval", "compare", "report",
+    "merge", "export", "calibrate", "methods", "doctor", "env", "bench",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from itprune.serving.elsewhere import FAMILIES
 from itprune.vllm import RAGGED, architecture
 
 VERSION = "0.32"
@@ -24,7 +25,7 @@ WRAPPED = ("gemma3", "llava", "llava_next", "llava_onevision", "paligemma")
 ALIKE = ("idefics3", "internvl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
 """Model types whose names vLLM knows as transformers saves them."""
 INDEX = "model.safetensors.index.json"
-ROWS = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
+ROWS = tuple(FAMILIES)
 """Model types whose answer vLLM gives from rows alone. In the others visual tokens have several
 position ids, or see each other in both directions, of which rows tell nothing."""
 
