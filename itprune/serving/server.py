@@ -39,6 +39,8 @@ from itprune.web.guards import Guards
 
 LEFT = 499
 """Status of requests whose clients have left; nobody sees it but the metrics."""
+BEAT = 10.0
+"""Seconds a stream that waits for its first token is silent; until then a refusal has a status."""
 SENTENCES = {404: "there is nothing at this address", 405: "this address does not take that"}
 ADDRESSES = ("/v1/chat/completions", "/v1/models", "/health", "/metrics")
 
@@ -93,11 +95,15 @@ class Endpoint:
             stack.enter_context(self.gate.under_way(self.limits.requests))
             chat, reply, course = await self._begin(http)
             stack.push_async_callback(course.close)
+            first = asyncio.create_task(course.next())
+            stack.callback(first.cancel)
             async with _watched(http, course):
-                piece = await course.next()
                 if not chat.stream:
-                    return JSONResponse(await _whole(course, piece, reply))
-            events = _events(course, piece, reply, chat.usage)
+                    return JSONResponse(await _whole(course, await first, reply))
+                await asyncio.wait([first], timeout=BEAT)
+            if first.done():
+                first.result()  # what was refused gets its status
+            events = _events(course, first, reply, chat.usage)
             return EventStream(events, stack.pop_all().aclose, self.limits.seconds)
 
     async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
@@ -215,10 +221,16 @@ async def _whole(course: Course, piece: Piece, reply: Reply) -> Mapping[str, Any
     return reply.whole(text, piece)
 
 
-async def _events(course: Course, piece: Piece, reply: Reply, usage: bool) -> AsyncIterator[str]:
+async def _events(
+    course: Course, first: asyncio.Task[Piece], reply: Reply, usage: bool
+) -> AsyncIterator[str]:
     """The events of a stream; what fails behind its beginning is its last one."""
-    yield reply.first() + reply.piece(piece)
+    while not first.done():  # in line: what stands between may cut silent connections
+        yield ": in line\n\n"
+        await asyncio.wait([first], timeout=BEAT)
     try:
+        piece = first.result()
+        yield reply.first() + reply.piece(piece)
         while piece.finish is None:
             piece = await course.next()
             if event := reply.piece(piece):

@@ -212,6 +212,40 @@ def test_many_at_once_get_what_each_would_alone(client: openai.OpenAI) -> None:
         assert list(pool.map(ask, cases)) == alone
 
 
+def test_who_leaves_disturbs_nobody_and_leaves_nothing_behind(
+    client: openai.OpenAI, url: str
+) -> None:
+    def ask(index: int) -> str:
+        picture, leaves = PICTURES[index % len(PICTURES)], index % 2
+        stream = create(client, asked(data_url(picture)), stream=True, temperature=1.0, seed=index)
+        text = ""
+        with stream:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                if leaves and text:
+                    return ""
+        return text
+
+    alone = {index: ask(index) for index in range(0, 24, 2)}
+    with ThreadPoolExecutor(24) as pool:
+        said = list(pool.map(ask, range(24)))
+    assert {index: said[index] for index in alone} == alone
+    for _ in range(10_000):
+        if busy(url) == [0, 0, 0]:
+            return
+    raise AssertionError("something is still under way")
+
+
+def busy(url: str) -> list[float]:
+    """What waits, what runs, and its memory."""
+    lines = dict(
+        line.rsplit(" ", 1)
+        for line in httpx.get(f"{url}/metrics").text.splitlines()
+        if not line.startswith("#")
+    )
+    return [float(lines[f"itprune_{name}"]) for name in ("waiting", "running", "kv_bytes")]
+
+
 # ------------------------------------------------------------------------------------- files
 def test_allowed_files_can_be_named(client: openai.OpenAI, expected: Expected, files: Path) -> None:
     wanted = expected(shown(png()), 0.3)["answer"]
@@ -255,5 +289,4 @@ def test_health_and_metrics(url: str) -> None:
     assert grown("itprune_kept_tokens_total") == 2 * answer["itprune"]["kept_tokens"]
     assert grown("itprune_answer_tokens_total") == 2 * answer["usage"]["completion_tokens"]
     assert grown("itprune_first_token_seconds_count") == 2
-    for name in ("waiting", "running", "kv_bytes"):
-        assert after[f"itprune_{name}"] == 0
+    assert busy(url) == [0, 0, 0]

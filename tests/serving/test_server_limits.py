@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from itprune.answer import TooLong
+from itprune.serving import server
 from itprune.serving.backend import Broken, Unavailable
 from itprune.serving.keys import Keys, Pace, read_keys
 from itprune.serving.launching import Server
@@ -130,6 +131,22 @@ def test_openais_client_raises_what_a_stream_tells(url: str, backend: Scripted) 
         )
         with pytest.raises(openai.APIError, match="it broke"):
             list(stream)
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_a_stream_that_waits_in_line_is_not_silent(
+    url: str, backend: Scripted, monkeypatch: pytest.MonkeyPatch, well: bool
+) -> None:
+    monkeypatch.setattr(server, "BEAT", 0.01)
+    connection = open_stream(url)
+    stream = stream_of(backend)
+    answer = connection.getresponse()
+    assert [answer.readline() for _ in range(4)] == [b": in line\n", b"\n"] * 2
+    backend.tell(stream, said("one", "stop") if well else Unavailable("no memory"))
+    rest = answer.read().decode()
+    assert ('"one"' in rest, rest.endswith("data: [DONE]\n\n")) == (well, well)
+    assert ("no memory" in rest) != well
+    assert backend.closed.get(timeout=WAIT)
 
 
 # --------------------------------------------------------------------------------- who leaves
@@ -327,9 +344,9 @@ def test_gauges_of_the_backend_are_metrics(url: str) -> None:
     assert figure(url, 'itprune_upstream_alive{upstream="b"}') == 0
 
 
-def told_to_end(server: Server) -> None:
+def told_to_end(process: Server) -> None:
     """As a signal would."""
-    server.handle_exit(15, None)
+    process.handle_exit(15, None)
 
 
 def until_closed(url: str) -> None:
@@ -340,12 +357,12 @@ def until_closed(url: str) -> None:
 
 
 def test_what_is_under_way_is_finished_before_the_end(backend: Scripted) -> None:
-    with served(backend) as (url, server):
+    with served(backend) as (url, process):
         whole, streamed = Asking(url), open_stream(url)
         streams = [stream_of(backend), stream_of(backend)]
         for stream in streams:
             backend.tell(stream, said("one "))
-        told_to_end(server)
+        told_to_end(process)
         until_closed(url)
         assert "stopping" in refusal(httpx.get(f"{url}/health"), 503)["message"]
         refused = httpx.post(f"{url}{CHAT}", json=body())
@@ -364,14 +381,14 @@ def test_what_is_under_way_is_finished_before_the_end(backend: Scripted) -> None
 @pytest.mark.parametrize("twice", [False, True])
 def test_what_does_not_end_in_time_is_cut(backend: Scripted, twice: bool) -> None:
     limits = limited(drain_seconds=100.0 if twice else 0.2)
-    with served(backend, limits) as (url, server):
+    with served(backend, limits) as (url, process):
         whole, streamed = Asking(url), open_stream(url)
         backend.tell(stream_of(backend), said("one"))
         backend.tell(stream_of(backend), said("one"))
         response = streamed.getresponse()
-        told_to_end(server)
+        told_to_end(process)
         if twice:
-            told_to_end(server)
+            told_to_end(process)
         assert "stopping" in refusal(whole.answer(), 503)["message"]
         last = json.loads(response.read().decode().strip().rpartition("data: ")[2])
         assert "stopping" in last["error"]["message"]
