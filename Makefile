@@ -16,7 +16,7 @@ ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/
 	tests/test_family_generate.py tests/test_family_scores.py tests/test_family_methods.py \
 	tests/test_family_method_answers.py tests/test_family_video.py tests/test_family_input.py \
 	tests/test_add_a_family.py tests/test_callers.py tests/test_inner_call.py \
-	tests/test_downsample.py tests/test_attention_received.py
+	tests/test_downsample.py tests/test_attention_received.py tests/test_repeats.py
 
 # vLLM's CPU build (a package of its own, 3.5 GB) in an environment of its own.
 VLLM := .venv-vllm

@@ -12,8 +12,6 @@ command, with any number of processes, goes on.
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,24 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs this process's share; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        from train.launcher import read_launch
-        from train.together import together
+    from train.together import start
 
-        launch = read_launch(args.local_rank)
-        with together(launch.processes):
-            return run(args, launch.rank, launch.processes)
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        where = "" if rank == 0 else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr)
-        return 1
+    return start(make_parser().parse_args(argv), run)
 
 
 def run(args: argparse.Namespace, rank: int, processes: int) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,22 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs this process's share; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        from train.launcher import read_launch
-        from train.together import together
+    from train.together import start
 
-        launch = read_launch(args.local_rank)
-        with together(launch.processes):
-            return run(args, launch.rank, launch.processes)
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        where = "" if rank == 0 else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr)
-        return 1
+    return start(make_parser().parse_args(argv), run)
 
 
 def run(args: argparse.Namespace, rank: int, processes: int) -> int:
@@ -69,8 +55,9 @@ def run(args: argparse.Namespace, rank: int, processes: int) -> int:
     """
     from itprune.cli.answer_file import AnswerFile
     from itprune.cli.answer_lines import answer_lines
-    from itprune.cli.infer import check_file_options, decoding, load_answerer, progress
+    from itprune.cli.infer import check_file_options, load_answerer, progress
     from itprune.cli.question_lines import STDIN, QuestionLines
+    from itprune.cli.sampling import decoding
     from train.together import own_device, wait
 
     if args.jsonl in (None, STDIN) or args.output in (None, STDIN):

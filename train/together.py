@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 LONGEST_WAIT = timedelta(days=30)
 """A process that is done waits for the others, however long they take."""
+
+
+def start(args: argparse.Namespace, run: Callable[[argparse.Namespace, int, int], int]) -> int:
+    """One process of the job, as a launcher started it.
+
+    Args:
+        args: from the command line, with `local_rank` and `traceback`.
+        run: args, rank, processes -> exit status.
+
+    Returns:
+        The exit status; what the user can put right is one sentence on stderr.
+    """
+    from train.launcher import read_launch
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports bitsandbytes, which tells every CPU user of an optional kernel it lacks.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        launch = read_launch(args.local_rank)
+        with together(launch.processes):
+            return run(args, launch.rank, launch.processes)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr)
+        return 1
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import io
 import sys
 from typing import TYPE_CHECKING
 
-from itprune.cli.infer import decoding
 from itprune.cli.loading import add_model_options, check_options, load
+from itprune.cli.sampling import add_sampling_options, decoding
 
 if TYPE_CHECKING:
     from itprune.cli.chat_session import Session
@@ -43,12 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="shown with the first question; may be given several times",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+    add_sampling_options(parser, 256)
     parser.set_defaults(run=run)
 
 

@@ -9,13 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from itprune.cli.loading import add_model_options, check_least, check_options, load
+from itprune.cli.sampling import add_sampling_options, decoding
 from itprune.cli.terminal import harmless
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from itprune.answer import Answer, Answerer
-    from itprune.decoding import Decoding
 
 EXAMPLES = """\
 examples:
@@ -57,12 +57,7 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="images of --jsonl are looked for, and only opened, here; default: its own folder",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+    add_sampling_options(parser, 128)
     parser.add_argument(
         "--retry", action="store_true", help="ask the lines again that failed in an earlier run"
     )
@@ -80,17 +75,6 @@ def run(args: argparse.Namespace) -> int:
     if args.image:
         raise ValueError("--image belongs to --prompt; a JSONL line names its own images")
     return _run_file(args)
-
-
-def decoding(args: argparse.Namespace) -> Decoding:
-    """The decoding options.
-
-    Raises:
-        ValueError: one is out of range.
-    """
-    from itprune.decoding import Decoding
-
-    return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def load_answerer(args: argparse.Namespace) -> Answerer:
