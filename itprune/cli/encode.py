@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from itprune.cli.infer import add_file_options, check_file_options, decoding
+from itprune.cli.infer import add_file_options, check_file_options
 from itprune.cli.loading import add_model_options, check_least
+from itprune.cli.sampling import decoding
 from itprune.cli.upstream import add_upstream_options, load_encoder, make_upstream
 
 EXAMPLES = """\
