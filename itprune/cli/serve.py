@@ -187,7 +187,7 @@ def make_backend(args: argparse.Namespace, limits: Limits) -> Backend:
         backend = make_upstream(args, served_name(args), offered_methods(args.methods))
         limits.check_keep(backend.facts().keep)
         return backend
-    from itprune.serving.admission import MB, Admission, spare_bytes
+    from itprune.serving.admission import MB, Admission, prompt_room, spare_bytes
     from itprune.serving.local import LocalBackend
 
     if args.max_rows < 1:
@@ -196,18 +196,15 @@ def make_backend(args: argparse.Namespace, limits: Limits) -> Backend:
     method, keep = start_of(loaded, limits)
     if args.max_kv_mb is not None and not 0 < args.max_kv_mb < float("inf"):
         raise ValueError(f"--max-kv-mb: must be above 0, got {args.max_kv_mb}")
-    room = (
-        spare_bytes(next(loaded.model.parameters()).device)
-        if args.max_kv_mb is None
-        else int(args.max_kv_mb * MB)
-    )
+    device = next(loaded.model.parameters()).device
+    room = spare_bytes(device) if args.max_kv_mb is None else int(args.max_kv_mb * MB)
     return LocalBackend(
         loaded,
         served_name(args),
         method,
         keep,
         offered_methods(args.methods),
-        Admission(kv_bytes=room, rows=args.max_rows),
+        Admission(room, args.max_rows, prompt_room(device)),
     )
 
 

@@ -78,8 +78,7 @@ class Engine:
         self.packs_text = False  # batches of text alone, too, learn without their padding
         self._text = family.text_model
         self._depth = len(family.layers)
-        eager = self._text.config._attn_implementation == "eager"  # it gets no mask by flag
-        self._plain = not (_slides(self._text.config) or eager) and family.causal
+        self._plain = packable(family)
         self._arguments = tuple(signature(model.forward).parameters)
         self._inner_arguments = tuple(signature(model.base_model.forward).parameters)
         self._request: Request | None = None
@@ -323,6 +322,13 @@ class Engine:
         if isinstance(output, tuple):
             return (context.after_last(output[0]), *output[1:])
         return context.after_last(output)
+
+
+def packable(family: Family) -> bool:
+    """Whether a decoder's rows can be packed exactly. Asked before there are hooks."""
+    config = family.text_model.config
+    eager = config._attn_implementation == "eager"  # it gets no mask by flag
+    return family.causal and not (_slides(config) or eager)
 
 
 def _slides(config: PreTrainedConfig) -> bool:

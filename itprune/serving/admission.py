@@ -20,6 +20,10 @@ from itprune.serving.prefilled import layer_windows
 from itprune.serving.running import Batch
 
 MB = 1e6
+PADDING = 1 / 8
+"""Share of a prefill that may be padding, where prompts are padded to the longest."""
+PADS = 256
+"""Tokens of padding that are not worth a prefill more."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Admission:
     """Keys and values of all rows."""
     rows: int = 64
     """Answers made together."""
-    prompt_tokens: int = 8192
+    prompt_tokens: int = 2048
     """Prompt tokens run together, kept ones: how long running answers wait for newcomers."""
 
     def __post_init__(self) -> None:
@@ -132,6 +136,15 @@ class Claim:
     """Columns of each layer."""
     prompts: int = 0
     """Prompt tokens of the newcomers."""
+    newcomers: int = 0
+    longest: int = 0
+    """Prompt tokens of the longest of them."""
+
+    def suits(self, need: Need) -> bool:
+        """Whether a prompt is about as long as those of the newcomers, so that little is padded."""
+        tokens, longest = self.prompts + need.prompt, max(self.longest, need.prompt)
+        padding = (self.newcomers + 1) * longest - tokens
+        return padding <= max(PADS, PADDING * tokens)
 
     def take(self, need: Need) -> bool:
         """One more newcomer; False: it does not fit, and nothing is taken."""
@@ -145,7 +158,14 @@ class Claim:
         if self.ledger.bytes(rows, widths) > limits.kv_bytes:
             return False
         self.rows, self.widths, self.prompts = rows, widths, prompts
+        self.newcomers, self.longest = self.newcomers + 1, max(self.longest, need.prompt)
         return True
+
+
+def prompt_room(device: torch.device) -> int:
+    """Prompt tokens worth running together: a GPU wants many; on a CPU more than these leave its
+    caches and take longer, each for itself."""
+    return 8192 if device.type == "cuda" else 2048
 
 
 def spare_bytes(device: torch.device) -> int:

@@ -1,8 +1,10 @@
 """Core: the line before the model, and the batch behind it, turn by turn on one thread.
 
 A turn admits the first of the line, and those behind it that ask for the same pruner, as far as
-they fit; runs their prompts; and gives every row under way one more token. Who is first in line is
-never passed by, so nobody waits for ever. What fails concerns nobody else.
+they fit; runs their prompts; and gives every row under way one more token. Prompts that the model
+pads, since nothing is dropped or its decoder cannot run packed rows, go with others of about their
+length. Who is first in line is never passed by, so nobody waits for ever. What fails concerns
+nobody else.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 
 from itprune.answer import Answerer
 from itprune.dressing import DENSE, Wardrobe
+from itprune.engine.engine import packable
+from itprune.families import find_family
 from itprune.serving.admission import Admission, Ledger, Need
 from itprune.serving.running import Asked, Batch, Event
 
@@ -74,6 +78,8 @@ class Core:
         self.batch = Batch(answerer)
         self.ledger = Ledger(answerer.text_config, answerer.model.dtype, limits)
         self._wardrobe = Wardrobe(answerer.loaded)
+        attached = answerer.loaded.attached
+        self._packs = packable(find_family(answerer.model)) if attached is None else attached.packs
         self._worn: Setting | None = None
         self._line: deque[Ticket] = deque()
         self._tickets: dict[Asked, Ticket] = {}
@@ -149,9 +155,10 @@ class Core:
         group: list[Ticket] = []
         if not self._line:
             return group
-        claim = self.ledger.claim(self.batch)
+        setting, claim = self._line[0].setting, self.ledger.claim(self.batch)
+        packs = self._packs and setting.keep < DENSE
         for ticket in self._line:
-            if group and ticket.setting != group[0].setting:
+            if ticket.setting != setting or not (packs or claim.suits(ticket.need)):
                 continue
             if not claim.take(ticket.need):
                 break
