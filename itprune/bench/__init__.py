@@ -1,8 +1,9 @@
 """Bench: what pruning is worth on this machine, in one run with its own control.
 
 `shape` says what a random model and its input are, `shapes` lists them, `variants` says what is
-compared, `timing` and `counting` measure, `turns` sets the order, `train`, `infer`, `answers` and
-`methods` put them together, `table` prints. Everything is compared with the bare model of the same
+compared, `timing` and `counting` measure, `turns` sets the order, `train`, `infer`, `answers`,
+`methods` and `serving` put them together, `table` prints. `crowd` makes the requests of `serving`,
+and `front` sends them through the endpoint. Everything is compared with the dense model of the same
 run, and with what the FLOPs of that run promise.
 """
 

@@ -59,7 +59,23 @@ EVAL: tuple[Column, ...] = (
     ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
 )
 
-COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS, "eval": EVAL}
+SERVE: tuple[Column, ...] = (
+    ("variant", lambda r: r["variant"]),
+    ("kept", lambda r: f"{r['visual_layer_average']:.3f}"),
+    ("tokens in", lambda r: f"{r['tokens_in']:.0f}"),
+    ("into the LLM", lambda r: f"{r['tokens_kept']:.0f}"),
+    ("all s", lambda r: f"{r['seconds']:.3g}"),
+    ("requests/s", lambda r: f"{r['requests_per_s']:.3g}"),
+    ("speed-up", lambda r: f"{r['speedup']:.2f}x"),
+    ("FLOP ratio", lambda r: f"{r['flop_speedup']:.2f}x"),
+    ("speed-up / FLOP ratio", lambda r: f"{r['of_flop_bound']:.2f}"),
+    ("FLOPs of padding", lambda r: f"{r['batched_flops'] - 1:.1%}"),
+    ("first token p50 s", lambda r: f"{r['first_token_p50_s']:.3g}"),
+    ("p95 s", lambda r: f"{r['first_token_p95_s']:.3g}"),
+    ("KV MB", lambda r: f"{r['kv_mb']:.4g}"),
+)
+
+COLUMNS = {"train": TRAIN, "infer": INFER, "methods": METHODS, "eval": EVAL, "serve": SERVE}
 
 
 def _three(row: Mapping[str, Any]) -> str:
@@ -75,7 +91,9 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
     tokens, machine = record["tokens"], record["machine"]
     software = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"{record['bench']}: shape {record['shape']}, batch {record['batch']}, "
+        _crowd(record)
+        if record["bench"] == "serve"
+        else f"{record['bench']}: shape {record['shape']}, batch {record['batch']}, "
         f"{tokens['visual']} visual + {tokens['text']} text tokens "
         f"({tokens['supervised']} supervised), keep {record['keep']}",
         f"{machine['device']}, {machine['processor']}, {machine['threads']} thread(s); {software}",
@@ -92,10 +110,19 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
             "tokens an answer, by `generate`"
         )
     pruned = next((r for r in record["rows"] if r["variant"] == "pruned_packed"), None)
-    if pruned is not None:
+    if pruned is not None and "visual_stage1" in pruned:
         counts = " ".join(map(str, pruned["visual_stage1"]))
         lines.append(f"visual tokens kept of each image by pruned_packed: {counts}")
     return lines
+
+
+def _crowd(record: Mapping[str, Any]) -> str:
+    way = "the endpoint" if record["http"] else "its core"
+    pictures = ", ".join(f"{count} with {n}" for n, count in record["pictures"].items())
+    return (
+        f"serve: shape {record['shape']}, {record['batch']} requests at once through {way} "
+        f"(pictures: {pictures}), {record['new_tokens']} new tokens each, keep {record['keep']}"
+    )
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[str]:

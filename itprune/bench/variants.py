@@ -38,8 +38,8 @@ class Variant:
         with attach(model, self.config, calibration=self.calibration) as attached:
             yield attached
 
-    def calibrate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Meets the target average on the batch that is measured.
+    def calibrate(self, model: nn.Module, *batches: Mapping[str, Tensor]) -> None:
+        """Meets the target average on what is measured.
 
         A schedule that would be searched is not: that takes longer than the bench, and the one that
         stands in for it costs the same to run.
@@ -48,7 +48,7 @@ class Variant:
             if attached is None or attached.method.idle or not attached.method.calibrates:
                 return
             if not isinstance(attached.method, Scheduled):
-                self.calibration = calibrate(attached, [batch])
+                self.calibration = calibrate(attached, batches)
 
 
 def train_variants(shape: Shape, keep: float) -> list[Variant]:

@@ -21,9 +21,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "what",
-        choices=("train", "infer", "methods", "eval"),
-        help="a training step; inference; the prefill of every method and what choosing costs; or "
-        "answers per second",
+        choices=("train", "infer", "methods", "eval", "serve"),
+        help="a training step; inference; the prefill of every method and what choosing costs; "
+        "answers per second; or many requests at once through the server",
     )
     parser.add_argument(
         "--shape",
@@ -57,6 +57,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="bench eval: questions about each picture of a batch; default 1",
     )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        metavar="N",
+        help="bench serve: requests that come at once; default 64",
+    )
+    parser.add_argument(
+        "--http",
+        action="store_true",
+        help="bench serve: through the real endpoint, by the wall clock, instead of its core alone",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record there, too")
     parser.set_defaults(run=run)
 
@@ -70,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
     from itprune.bench import bench_eval, bench_infer, bench_methods, bench_train
     from itprune.bench.table import render
 
-    check_least(args, batch=1, repeats=1, threads=1, questions=1)
+    check_least(args, batch=1, repeats=1, threads=1, questions=1, requests=1)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
     if args.methods and args.what != "methods":
         raise ValueError(f"--methods: belongs to `itprune bench methods`, not to {args.what}")
     if args.questions > 1 and args.what != "eval":
         raise ValueError(f"--questions: belongs to `itprune bench eval`, not to {args.what}")
+    _check_serve(args)
     common = {
         "shape": args.shape,
         "repeats": args.repeats,
@@ -90,9 +102,34 @@ def run(args: argparse.Namespace) -> int:
         record = bench_methods(batch=args.batch, names=args.methods, **common)
     elif args.what == "eval":
         record = bench_eval(batch=args.batch, questions=args.questions, **common)
+    elif args.what == "serve":
+        record = _serve(args, common)
     else:
         record = bench_infer(batches=(args.batch,) if args.batch else None, **common)
     print(render(record))
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
+
+
+def _check_serve(args: argparse.Namespace) -> None:
+    """Raises ValueError: an option that belongs to another bench."""
+    serves = args.what == "serve"
+    given = {"--requests": args.requests is not None, "--http": args.http}
+    for option, there in given.items():
+        if there and not serves:
+            raise ValueError(f"{option}: belongs to `itprune bench serve`, not to {args.what}")
+    if serves and args.batch is not None:
+        raise ValueError("--batch: `itprune bench serve` takes --requests instead")
+
+
+def _serve(args: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
+    """The record of `itprune bench serve`, which needs the packages of the endpoint."""
+    try:
+        from itprune.bench.serving import REQUESTS, bench_serve
+    except ImportError as error:
+        raise ValueError(
+            f"itprune bench serve needs a package that is not installed ({error.name}): "
+            "pip install 'itprune[serve]'"
+        ) from None
+    return bench_serve(requests=args.requests or REQUESTS, http=args.http, **common)
