@@ -153,7 +153,10 @@ def run(args: argparse.Namespace) -> int:
             f"{facts.keep:g}; Ctrl-C ends it)",
             flush=True,
         )
-        serve(endpoint, listener, args.host, args.name)
+        with warnings.catch_warnings():
+            # What is said of a pruner was said when it was loaded; requests would have it repeated.
+            warnings.simplefilter("ignore")
+            serve(endpoint, listener, args.host, args.name)
     print("itprune serve: ended", file=sys.stderr)
     return 0
 
