@@ -10,6 +10,8 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "itprune").rglob("*.py"))
+SECRETS = ROOT / "itprune" / "cli" / "secrets.py"
+"""May read the environment: a key on a command line can be read by everybody on the machine."""
 PROJECT = LIBRARY + sorted((ROOT / "train").rglob("*.py")) + sorted((ROOT / "launch").glob("*.py"))
 
 
@@ -58,7 +60,7 @@ def test_nothing_is_patched_copied_or_read_from_the_environment(path: Path) -> N
         if isinstance(node, ast.ClassDef):
             assert not hasattr(transformers, node.name), f"{node.name} is a transformers class"
         if isinstance(node, ast.Attribute):
-            assert node.attr not in {"environ", "getenv"}
+            assert node.attr not in {"environ", "getenv"} or path == SECRETS
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec"}
             probing = node.func.id == "getattr" and len(node.args) == 3

@@ -7,12 +7,12 @@ lets others in; nothing is fetched, nothing is written, and no request is logged
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from itprune.cli import secrets
 from itprune.cli.loading import add_loading_options, check_options, load
 from itprune.cli.upstream import add_upstream_options, make_upstream
 from itprune.web.listening import address, check_host, open_socket
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--allow-files {args.allow_files}: no such folder")
     try:
         from itprune.serving.images import Pictures
-        from itprune.serving.keys import Keys, read_keys
+        from itprune.serving.keys import Keys, check_keys
         from itprune.serving.launching import serve
         from itprune.serving.server import Endpoint
     except ImportError as error:
@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
             "pip install 'itprune[serve]'"
         ) from None
     limits = make_limits(args)
-    keys = read_keys(args.api_key_file, os.environ.get(KEY))
+    keys = read_keys(args.api_key_file)
+    check_keys(keys)
     if open_to_others:
         _warn(args.host, bool(keys))
     with open_socket(args.host, args.port) as listener:
@@ -152,9 +153,23 @@ def run(args: argparse.Namespace) -> int:
             f"{facts.keep:g}; Ctrl-C ends it)",
             flush=True,
         )
-        serve(endpoint, listener, args.host, args.name)
+        with warnings.catch_warnings():
+            # What is said of a pruner was said when it was loaded; requests would have it repeated.
+            warnings.simplefilter("ignore")
+            serve(endpoint, listener, args.host, args.name)
     print("itprune serve: ended", file=sys.stderr)
     return 0
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """The keys that open this server; none: everybody may ask.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    single = secrets.of_variable(KEY)
+    keys = () if single is None else (single,)
+    return keys if file is None else keys + secrets.of_file("--api-key-file", file)
 
 
 def make_limits(args: argparse.Namespace) -> Limits:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from itprune.cli import secrets
 from itprune.cli.loading import DTYPES, dtype_of, load, one_sentence
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from itprune.serving.upstream import UpstreamBackend
 
 KEY = "ITPRUNE_UPSTREAM_KEY"
+FILE = "--upstream-key-file"
 WIRES = ("prompt", "images")
 
 
@@ -44,7 +45,7 @@ def add_upstream_options(parser: argparse.ArgumentParser) -> None:
         "--rows-dtype", choices=DTYPES, help="of what is sent; default: that of the checkpoint"
     )
     group.add_argument(
-        "--upstream-key-file",
+        FILE,
         type=Path,
         metavar="FILE",
         help=f"the key the servers ask for; else {KEY}",
@@ -91,14 +92,11 @@ def read_key(file: Path | None) -> str:
     """The key for the servers; empty: none.
 
     Raises:
-        ValueError: the file cannot be read, or holds no key.
+        ValueError: in one sentence; there is none, or more than one.
     """
     if file is None:
-        return os.environ.get(KEY, "").strip()
-    try:
-        words = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"--upstream-key-file {file}: cannot be read") from None
-    if len(words) != 1 or not words[0].isascii():
-        raise ValueError(f"--upstream-key-file {file}: must hold one key, and nothing else")
-    return words[0]
+        return secrets.of_variable(KEY) or ""
+    keys = secrets.of_file(FILE, file)
+    if len(keys) > 1:
+        raise ValueError(f"{FILE} {file}: must hold one key, and nothing else")
+    return keys[0]

@@ -6,6 +6,7 @@ Gate: which answers are under way, and whether more are taken in.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from itprune.answer import TooLong
 from itprune.serving.backend import Broken, Piece, Stream, Unavailable, Usage
 from itprune.serving.metrics import Metrics
-from itprune.serving.openai_errors import ApiError, busy, sentence_of
+from itprune.serving.openai_errors import WRONG, ApiError, busy, sentence_of
+
+logger = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping; ask again in a minute"
 LATE = "the server did not get to this request in time; ask again later"
@@ -104,6 +107,11 @@ class Course:
             self.end(busy(sentence_of(error)))
         except Broken as error:
             self.end(ApiError(500, sentence_of(error), "failed"))
+        except Exception:  # a bug of ours; the client would wait until its time is over
+            logger.exception("an answer failed")
+            self.end(ApiError(500, WRONG, "failed"))
+        else:  # nobody reads this behind a finish
+            self.end(ApiError(500, WRONG, "failed"))
 
     def end(self, error: Exception | None) -> None:
         """Ends the answer behind what it has said.

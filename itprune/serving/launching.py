@@ -6,6 +6,7 @@ elsewhere, and what is under way is finished, up to a limit. A second one ends e
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -17,17 +18,26 @@ from types import FrameType
 import h11
 import uvicorn
 
-from itprune.serving.openai_errors import ApiError
+from itprune.serving.openai_errors import ApiError, busy
 from itprune.serving.server import Endpoint, make_app
 from itprune.web.connection import Connection
 
 CONNECTIONS = 1024
 """Open at a time; further ones are told that the server is busy."""
+CROWDED = busy("too many connections are open; ask again in a moment")
 MALFORMED = ApiError(400, "this is not a valid HTTP request, or its head is too large")
 
 
 class ApiConnection(Connection):
-    """One whose requests are refused in OpenAI's shape, even where they cannot be parsed."""
+    """One whose requests are refused in OpenAI's shape, even where they cannot be parsed, or where
+    it is one too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            response = CROWDED.response()
+            response.headers["connection"] = "close"  # the next one may find a place
+            self.app = response
 
     def send_400_response(self, msg: str) -> None:
         body = json.dumps(MALFORMED.body()).encode()
@@ -91,7 +101,6 @@ def configure(endpoint: Endpoint, host: str, names: Iterable[str] = ()) -> uvico
         proxy_headers=False,
         lifespan="on",
         ws="none",
-        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
 

@@ -190,11 +190,23 @@ class LocalBackend:
 
     # ----------------------------------------------------------------- on the model's thread
     def _serve(self) -> None:
-        while self._calls():
-            if self._able:
-                self._turn()
+        while self._goes_on():
+            pass
         self._drop(Unavailable(CLOSING))
         self._core.close()
+
+    def _goes_on(self) -> bool:
+        """Does what is asked for, and a turn; False: it is to end."""
+        try:
+            if not self._calls():
+                return False
+            if self._able:
+                self._hand_out(self._core.turn())
+        except Exception:  # the core catches what requests do; this is a bug of ours
+            logger.exception("the model's thread failed")
+            self._trouble = DEAD
+            self._drop(Broken(DEAD))
+        return True
 
     @property
     def _able(self) -> bool:
@@ -232,16 +244,6 @@ class LocalBackend:
     def _forget(self, stream: LocalStream) -> None:
         if stream.ticket is not None and self._streams.pop(stream.ticket, None) is not None:
             self._core.cancel(stream.ticket)
-
-    def _turn(self) -> None:
-        try:
-            told = self._core.turn()
-        except Exception:  # the core catches what requests do; this is a bug of ours
-            logger.exception("the model's turn failed")
-            self._trouble = DEAD
-            self._drop(Broken(DEAD))
-            return
-        self._hand_out(told)
 
     def _drop(self, error: Exception) -> None:
         """Ends all requests."""

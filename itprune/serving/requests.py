@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
@@ -42,18 +43,22 @@ class Reader:
         self._decoders = asyncio.Semaphore(DECODERS)
 
     @asynccontextmanager
-    async def reading(self, http: HttpRequest, facts: Facts) -> AsyncIterator[tuple[Chat, Request]]:
-        """What a client wants, and what a backend is to do; for a block that takes it in.
+    async def reading(
+        self, http: HttpRequest, facts: Facts
+    ) -> AsyncIterator[tuple[Chat, Request, float]]:
+        """What a client wants, what a backend is to do, and when the last byte was there, by
+        `time.monotonic`; for a block that takes it in.
 
         Raises:
             ApiError: it cannot be read, or is beyond a limit.
         """
         async with self._readers:
             body = await self._body(http)
+            began = time.monotonic()
             async with self._decoders:
                 chat, request = await run_in_threadpool(self._read, body, facts)
             del body
-            yield chat, request
+            yield chat, request, began
 
     async def _body(self, http: HttpRequest) -> bytes:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -37,6 +37,9 @@ IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that say something about the client, not about the answer."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = ("role", "content", "name", "refusal")
+MESSAGES = 1000
+"""Of a request: a template takes its time for each, however little it says."""
+LONGEST_NAME = 200
 STOPS = 4
 LONGEST_STOP = 200
 HOTTEST = 2.0
@@ -81,6 +84,7 @@ def read_chat(body: Any) -> Chat:
     _check_names(given)
     messages, images = _messages(given.get("messages"))
     stream, usage = _streaming(given)
+    temperature, top_p = _drawing(given)
     return Chat(
         model=_model(given),
         messages=messages,
@@ -88,8 +92,8 @@ def read_chat(body: Any) -> Chat:
         stream=stream,
         usage=usage,
         max_new_tokens=_longest(given),
-        temperature=_number(given, "temperature", 0.0, HOTTEST, 0.0),
-        top_p=_number(given, "top_p", 0.0, 1.0, 1.0),
+        temperature=temperature,
+        top_p=top_p,
         seed=_seed(given),
         stop=_stop(given.get("stop", ())),
         method=_method(given),
@@ -119,6 +123,8 @@ def _check_names(given: Mapping[str, Any]) -> None:
 def _messages(value: Any) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     if not isinstance(value, list) or not value:
         raise _wrong("messages", "messages: must be a list of at least one message")
+    if len(value) > MESSAGES:
+        raise _wrong("messages", f"messages: at most {MESSAGES}, got {len(value)}")
     images: list[str] = []
     messages = []
     for index, message in enumerate(value):
@@ -184,9 +190,9 @@ def _model(given: Mapping[str, Any]) -> str:
 
 def _method(given: Mapping[str, Any]) -> str | None:
     method = given.get("method")
-    if method is not None and not isinstance(method, str):
-        raise _wrong("method", "method: must be the name of a method")
-    return method
+    if method is None or (isinstance(method, str) and 0 < len(method) <= LONGEST_NAME):
+        return method
+    raise _wrong("method", "method: must be the name of a method")
 
 
 def _streaming(given: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -210,6 +216,16 @@ def _longest(given: Mapping[str, Any]) -> int | None:
     if len(set(values)) > 1:
         raise _wrong(names[0], "max_tokens and max_completion_tokens differ; send one of them")
     return values[0] if values else None
+
+
+def _drawing(given: Mapping[str, Any]) -> tuple[float, float]:
+    """Temperature and top_p. OpenAI draws where no temperature is sent; here such an answer is
+    greedy, so who says how to draw must say that it is to be drawn."""
+    temperature = _number(given, "temperature", 0.0, HOTTEST, 0.0)
+    top_p = _number(given, "top_p", 0.0, 1.0, 1.0)
+    if top_p < 1 and "temperature" not in given:
+        raise _wrong("top_p", "top_p: without a temperature answers are greedy here; send it, too")
+    return temperature, top_p
 
 
 def _seed(given: Mapping[str, Any]) -> int | None:

@@ -42,7 +42,8 @@ LEFT = 499
 BEAT = 10.0
 """Seconds a stream that waits for its first token is silent; until then a refusal has a status."""
 SENTENCES = {404: "there is nothing at this address", 405: "this address does not take that"}
-ADDRESSES = ("/v1/chat/completions", "/v1/models", "/health", "/metrics")
+MODELS = "/v1/models"
+ADDRESSES = ("/v1/chat/completions", MODELS, "/health", "/metrics")
 
 
 class Endpoint:
@@ -109,10 +110,10 @@ class Endpoint:
     async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
         """Hands a request to the backend; its pictures are held no longer than that takes."""
         facts = self.backend.facts()
-        async with self._reader.reading(http, facts) as (chat, request):
-            began = time.monotonic()
+        async with self._reader.reading(http, facts) as (chat, request, began):
+            left = began + self.limits.seconds - time.monotonic()
             try:
-                async with asyncio.timeout(self.limits.seconds):
+                async with asyncio.timeout(left):
                     stream = await self.backend.ask(request)
             except ValueError as error:
                 raise refused(error) from None
@@ -143,11 +144,11 @@ def make_app(endpoint: Endpoint, host: str = "127.0.0.1", names: Iterable[str] =
         finally:
             await endpoint.backend.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
-            Route("/v1/models", endpoint.models),
-            Route("/v1/models/{name:path}", endpoint.model),
+            Route(MODELS, endpoint.models),
+            Route(f"{MODELS}/{{name:path}}", endpoint.model),
             Route("/health", endpoint.health),
             Route("/metrics", endpoint.figures),
         ],
@@ -164,10 +165,13 @@ def make_app(endpoint: Endpoint, host: str = "127.0.0.1", names: Iterable[str] =
         },
         lifespan=lifespan,
     )
+    # It would send clients of a proxy with TLS on to http, and their keys with them.
+    app.router.redirect_slashes = False
+    return app
 
 
 class Counted:
-    """Counts requests by address and status.
+    """Counts requests by address and status, each once.
 
     Args:
         app: the application.
@@ -181,18 +185,31 @@ class Counted:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = next((a for a in ADDRESSES if scope["path"].startswith(a)), "other")
+        begun = False
+
+        def count(status: int) -> None:
+            nonlocal begun
+            if not begun:
+                self.metrics.request(_address(scope["path"]), status)
+            begun = True
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.metrics.request(path, message["status"])
+                count(message["status"])
             await send(message)
 
         try:
             await self.app(scope, receive, counted)
         except Exception:
-            self.metrics.request(path, 500)
+            count(500)
             raise
+
+
+def _address(path: str) -> str:
+    """The one of `ADDRESSES` a request is for."""
+    if path.startswith(f"{MODELS}/"):
+        return MODELS
+    return path if path in ADDRESSES else "other"
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -254,7 +271,9 @@ async def _refuse(http: HttpRequest, error: Exception) -> Response:
 async def _refuse_address(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentence = SENTENCES.get(error.status_code, "this request cannot be met")
-    return ApiError(error.status_code, sentence, "unknown_address").response()
+    response = ApiError(error.status_code, sentence, "unknown_address").response()
+    response.headers.update(error.headers or {})  # what an address takes
+    return response
 
 
 async def _nobody(http: HttpRequest, error: Exception) -> Response:

@@ -247,8 +247,9 @@ def test_the_key_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     file = tmp_path / "key"
     file.write_text("word\n")
     assert read_key(file) == "word"
-    file.write_text("two words")
-    with pytest.raises(ValueError, match="must hold one key"):
-        read_key(file)
+    for text, words in (("two words", "no spaces"), ("two\nlines", "must hold one key")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_key(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read_key(tmp_path / "none")

@@ -170,19 +170,23 @@ def test_closing_ends_answers_and_takes_no_more(folder: Path) -> None:
     assert not backend._thread.is_alive()
 
 
+@pytest.mark.parametrize("what", ["turn", "told"])
 def test_a_core_that_breaks_says_so_and_does_not_spin(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     backend = local(folder, offered=())
     turns = []
 
-    def turn() -> None:
+    def fail(*args: Any) -> None:
         turns.append(1)
         raise RuntimeError("a bug")
 
     async def ask() -> None:
         await answer(backend, request(max_new_tokens=1))
-        monkeypatch.setattr(backend._core, "turn", turn)
+        if what == "turn":
+            monkeypatch.setattr(backend._core, "turn", fail)
+        else:
+            monkeypatch.setattr("itprune.serving.local._event", fail)
         with pytest.raises(Broken):
             await answer(backend, request())
         assert backend.trouble() == DEAD

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from itprune.cli import serve
 from itprune.serving.limits import Limits
@@ -126,6 +127,23 @@ def test_sigterm_lets_answers_end() -> None:
         assert process.returncode == 0, said
         assert said.rstrip().endswith("itprune serve: ended")
         assert "Traceback" not in said
+
+
+def test_requests_leave_nothing_in_the_log() -> None:
+    broken = Image.Exif()
+    broken[0x8769] = {0x9286: b"x" * 99}
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png())).save(out, "PNG", exif=broken.tobytes()[:-90])
+    with running([MODEL]) as (url, process):
+        for keep in (0.3, 0.4, 0.3, 0.4):
+            asking = {"model": "tiny-llava", "messages": asked(data_url(out.getvalue()))}
+            answer = httpx.post(f"{url}{CHAT}", json={**asking, "keep": keep}, timeout=WAIT)
+            assert answer.status_code == 200, answer.text
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=WAIT)
+    assert "EXIF" not in said
+    assert "keep=0.3" not in said
+    assert said.rstrip().endswith("itprune serve: ended")
 
 
 def test_a_key_in_a_file_and_ctrl_c(tmp_path: Path) -> None:

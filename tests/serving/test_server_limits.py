@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from queue import Queue
 from typing import Any
@@ -15,12 +16,15 @@ import openai
 import pytest
 
 from itprune.answer import TooLong
-from itprune.serving import server
-from itprune.serving.backend import Broken, Unavailable
-from itprune.serving.keys import Keys, Pace, read_keys
+from itprune.serving import launching, server
+from itprune.serving.backend import Broken, Stream, Unavailable
+from itprune.serving.course import Course
+from itprune.serving.keys import Keys, Pace, check_keys
 from itprune.serving.launching import Server
 from itprune.serving.limits import Limits
 from itprune.serving.openai_errors import ApiError, sentence_of
+from itprune.serving.replies import Reply
+from itprune.serving.requests import Reader
 from tests.serving.endpoint import CHAT, MODEL, WAIT, body, limited, refusal, served
 from tests.serving.scripted import Scripted, ScriptedStream, said
 
@@ -105,6 +109,41 @@ def test_a_bug_of_ours_is_told_of_without_its_traces(url: str, backend: Scripted
     asking = Asking(url)
     backend.tell(stream_of(backend), said("a", "stop"))
     assert asking.answer().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("error", [KeyError("/secret/place"), StopAsyncIteration()])
+def test_a_backend_that_breaks_its_word_keeps_nobody_waiting(
+    url: str, backend: Scripted, error: Exception, stream: bool
+) -> None:
+    asking = Asking(url, stream=stream)
+    backend.tell(stream_of(backend), error)
+    assert refusal(asking.answer(), 500)["code"] == "failed"
+    assert backend.closed.get(timeout=WAIT)
+
+
+def test_requests_are_counted_once_by_their_address(
+    backend: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> str:
+        raise KeyError
+
+    monkeypatch.setattr(Reply, "piece", fail)  # behind the head of an answer
+    with served(backend) as (url, _):
+        connection = open_stream(url)
+        backend.tell(stream_of(backend), said("one"))
+        with pytest.raises(http.client.IncompleteRead):
+            connection.getresponse().read()
+        connection.close()
+        for path in ("/v1/models", f"/v1/models/{MODEL}", "/v1/modelsandmore", "/healthy"):
+            httpx.get(f"{url}{path}")
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    counted = [line for line in lines if line.startswith("itprune_requests_total")]
+    assert sorted(counted) == [
+        f'itprune_requests_total{{path="{CHAT}",status="200"}} 1.0',
+        'itprune_requests_total{path="/v1/models",status="200"} 2.0',
+        'itprune_requests_total{path="other",status="404"} 2.0',
+    ]
 
 
 def test_what_fails_in_the_middle_of_a_stream_is_its_last_event(
@@ -240,6 +279,39 @@ def test_more_than_may_be_under_way(backend: Scripted) -> None:
         assert asking.answer().status_code == 200
 
 
+def test_more_connections_than_may_be_open(
+    backend: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "CONNECTIONS", 1)
+    with served(backend) as (url, _), httpx.Client(base_url=url) as first:
+        assert first.get("/health").status_code == 200
+        answer = httpx.get(f"{url}/health")
+        assert "too many connections" in refusal(answer, 503)["message"]
+        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("5", "close")
+        assert first.get("/health").status_code == 200
+
+
+def test_time_runs_from_the_last_byte(backend: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, times = Reader._read, []
+
+    def noted(*args: Any) -> Any:
+        times.append(time.monotonic())
+        return read(*args)
+
+    def begun(stream: Stream, began: float, *args: Any) -> Course:
+        times.append(began)
+        return Course(stream, began, *args)
+
+    monkeypatch.setattr(Reader, "_read", noted)
+    monkeypatch.setattr(server, "Course", begun)
+    with served(backend) as (url, _):
+        asking = Asking(url)
+        backend.tell(stream_of(backend), said("a", "stop"))
+        assert asking.answer().status_code == 200
+    reading, began = times
+    assert began <= reading
+
+
 def test_a_refusal_is_heard_by_who_sends_all_before_listening(backend: Scripted) -> None:
     large = b" " * 15_000_000
     with served(backend, limited(body_mb=16), keys=("a-long-secret",)) as (url, _):
@@ -316,17 +388,10 @@ def test_a_key_is_needed_for_all_but_health(backend: Scripted) -> None:
             client.models.list()
 
 
-def test_where_keys_come_from(tmp_path: Any) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# of the team\nfirst-secret\n\n second-secret \n")
-    assert read_keys(path, "third-secret\n") == ("third-secret", "first-secret", "second-secret")
-    assert read_keys(None, None) == ()
-    for text, words in (("", "holds no key"), ("short", "at least 8"), ("a b c d e f", "spaces")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            read_keys(path, None)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_keys(tmp_path, None)
+def test_short_keys_are_refused() -> None:
+    check_keys(("first-secret", "8letters"))
+    with pytest.raises(ValueError, match="at least 8"):
+        check_keys(("first-secret", "7letter"))
     assert Keys()._digests == ()
 
 

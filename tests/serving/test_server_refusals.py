@@ -192,6 +192,10 @@ def test_a_head_that_is_too_large_or_no_http(url: str) -> None:
         ({"method": "visionzap"}, "method", "valid: fastv, itprune, random"),
         ({"method": "divprune"}, "method", "valid: fastv, itprune, random"),
         ({"method": ["itprune"]}, "method", "name of a method"),
+        ({"method": ""}, "method", "name of a method"),
+        ({"method": "x" * 10_000}, "method", "name of a method"),
+        ({"top_p": 0.5}, "top_p", "without a temperature answers are greedy"),
+        ({"messages": [FORGED] * 1001}, "messages", "at most 1000, got 1001"),
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"temperature": 10**400}, "temperature", "at most 2"),
         ({"top_p": 0}, "top_p", "above 0"),
@@ -286,6 +290,9 @@ def test_other_addresses(http: httpx.Client) -> None:
     refusal(http.get(CHAT), 405)
     refusal(http.post("/health"), 405)
     refusal(http.post("/v1/completions", json={}), 404)
+    assert "POST" in http.get(CHAT).headers["allow"]
+    for path in ("/health/", "/v1/models/", f"{CHAT}/"):
+        refusal(http.get(path, follow_redirects=False), 404)
 
 
 def test_other_sites_and_names_are_refused(http: httpx.Client) -> None:
