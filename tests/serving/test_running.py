@@ -235,7 +235,14 @@ def test_each_row_draws_as_it_would_alone(top_p: float) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"suppress_tokens": [7, 8, 9]}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}],
+    [
+        {"suppress_tokens": [7, 8, 9]},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"exponential_decay_length_penalty": (3, 1.5)},  # counts from the prompt's end
+        {"forced_eos_token_id": 1},  # at the end of the longest answer
+        {"encoder_repetition_penalty": 1.5},  # of the prompt's tokens
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_the_model_itself_does_to_scores_is_done(settings: dict) -> None:
