@@ -195,6 +195,36 @@ def test_a_method_that_does_not_fit_fails_with_its_sentence(core: Core) -> None:
     assert said(told, right) == alone(1, HALF)
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("no memory"), NO_MEMORY),
+        (RuntimeError("/secret/path"), FAILED),
+        (ValueError(), FAILED),
+        (ValueError("one line\nanother"), "one line"),
+    ],
+)
+def test_a_pruner_that_cannot_be_put_on_fails_its_requests_alone(
+    core: Core, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def broken(*args: object) -> None:
+        raise error
+
+    first = core.submit(asked(0), HALF)
+    core.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(Wardrobe, "method", broken)
+        second = core.submit(asked(0), FAST)
+        told = core.turn()
+    assert Failed(second, sentence) in told
+    assert core.running == 1
+    third = core.submit(asked(0), FAST)
+    told = drain(core)
+    assert said(told, third) == alone(0, FAST)
+    assert all(isinstance(one, Told) for one in told)
+    assert first not in core._tickets.values()
+
+
 def test_without_memory_prompts_go_one_by_one_and_the_last_row_gives_way(core: Core) -> None:
     def tight(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if len(kwargs["input_ids"]) > 2:
