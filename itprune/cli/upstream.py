@@ -91,14 +91,18 @@ def read_key(file: Path | None) -> str:
     """The key for the servers; empty: none.
 
     Raises:
-        ValueError: the file cannot be read, or holds no key.
+        ValueError: the file cannot be read, or it or the environment holds what is no key.
     """
     if file is None:
-        return os.environ.get(KEY, "").strip()
+        return _one_key(KEY, os.environ.get(KEY, "").split() or [""])
     try:
         words = file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"--upstream-key-file {file}: cannot be read") from None
-    if len(words) != 1 or not words[0].isascii():
-        raise ValueError(f"--upstream-key-file {file}: must hold one key, and nothing else")
+    return _one_key(f"--upstream-key-file {file}", words)
+
+
+def _one_key(where: str, words: list[str]) -> str:
+    if len(words) != 1 or not (words[0].isascii() and words[0].isprintable()):
+        raise ValueError(f"{where}: must hold one key, and nothing else")
     return words[0]
