@@ -64,7 +64,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Exports into a folder beside the output, which then takes its name: all or nothing."""
     folder = Path(args.folder or args.model)
-    output = Path(args.output or f"{folder}-{args.to}")
+    beside = folder if folder.name not in ("", "..") else folder.resolve()
+    output = Path(args.output or f"{beside}-{args.to}")
     if args.max_shard_size is not None and SIZE.fullmatch(args.max_shard_size) is None:
         raise ValueError(
             f"--max-shard-size: must be a size such as 500MB or 5GB, got {args.max_shard_size!r}"

@@ -96,19 +96,23 @@ class Asker:
 
 
 async def _events(upstream: Upstream, response: httpx.Response) -> AsyncGenerator[Any]:
-    """The JSON of server-sent events, up to the last."""
-    lines = response.aiter_lines()
+    """The JSON of server-sent events, up to the last. One without its empty line was cut, and is
+    none."""
+    lines, data = response.aiter_lines(), ""
     while (line := await upstream.unless_gone(anext(lines, None))) is not None:
-        if not line.startswith("data:"):
+        if line.startswith("data:"):
+            data += line.removeprefix("data:").strip()
+        if line or not data:
             continue
-        data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return
         try:
-            yield json.loads(data)
-        except ValueError:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
             logger.error("%s sent what is no JSON", upstream.url)
             raise Broken(UNLIKE) from None
+        yield found
+        data = ""
 
 
 def _said(upstream: Upstream, event: Any) -> Said:

@@ -179,7 +179,7 @@ class Balancer:
             if upstream.misses >= MISSES:
                 self._bury(upstream, "it does not answer in time")
             return
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it says, it is looked at again
             self._bury(upstream, type(error).__name__)
             return
         if answer.status_code != 200:
@@ -199,6 +199,8 @@ class Balancer:
         upstream.model = str(card["id"])
         context = card.get("max_model_len")
         upstream.context = None if context is None else int(context)
+        if upstream.context is not None and upstream.context < 1:
+            raise ValueError("a context that holds nothing")
 
     def _bury(self, upstream: Upstream, why: str) -> None:
         if upstream.alive:

@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -144,10 +145,9 @@ class Core:
         group = self._next()
         if not group:
             return []
-        try:
-            self._wear(group[0].setting)
-        except ValueError as error:
-            return [Failed(ticket, str(error)) for ticket in group]
+        _, sentence = self._try(partial(self._wear, group[0].setting))
+        if sentence:
+            return [Failed(ticket, sentence) for ticket in group]
         return self._prompts(group)
 
     def _next(self) -> list[Ticket]:
@@ -206,17 +206,17 @@ class Core:
         self.batch.cancel(gone)
         return [Failed(self._tickets.pop(row.asked), sentence) for row in gone]
 
-    def _try(self, work: Callable[[], list[Event]]) -> tuple[list[Told | Failed], str]:
+    def _try(self, work: Callable[[], Sequence[Event] | None]) -> tuple[list[Told | Failed], str]:
         """What the model says; or one sentence on why it cannot."""
         try:
-            return [self._told(event) for event in work()], ""
+            return [self._told(event) for event in work() or ()], ""
         except torch.OutOfMemoryError:
             return [], NO_MEMORY
-        except ValueError as error:
-            return [], str(error).splitlines()[0]
-        except Exception:  # whatever one request does, the next one is served
-            logger.exception("the model failed")
-            return [], FAILED
+        except Exception as error:  # whatever one request does, the next one is served
+            sentence = str(error).partition("\n")[0] if isinstance(error, ValueError) else ""
+            if not sentence:
+                logger.exception("the model failed")
+            return [], sentence or FAILED
 
     def _told(self, event: Event) -> Told:
         asked = event.row.asked

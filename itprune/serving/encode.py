@@ -25,7 +25,6 @@ from itprune.config import PruneConfig
 from itprune.dressing import Dress
 from itprune.engine.encoder import flat_features
 from itprune.families import find_family
-from itprune.families.base import PatchFamily
 from itprune.methods import methods
 from itprune.options import check_fraction
 from itprune.prompt import PromptFormat
@@ -230,13 +229,13 @@ class Encoder:
                 image keeps nothing.
         """
         self._wear(method or self.method, self.keep if keep is None else keep)
-        flat = self._features([one.encoded for one in batch])
-        rows, start = [], 0
+        flat, sizes = self._features(batch)
+        rows, start, first = [], 0, 0
         for one in batch:
             places = torch.isin(one.encoded.inputs["input_ids"], self.answerer.visual_ids)
-            slots = int(places.sum())
-            rows.append(self._rows(one, places, flat[start : start + slots]))
-            start += slots
+            end, last = start + int(places.sum()), first + len(one.question.images)
+            rows.append(self._rows(one, places, flat[start:end], sizes[first:last]))
+            start, first = end, last
         return rows
 
     def each(
@@ -256,14 +255,15 @@ class Encoder:
         none = self.table.new_zeros(0, self.table.shape[1], dtype=self.dtype)
         return self._rows(one, torch.zeros_like(one.encoded.inputs["input_ids"]).bool(), none)
 
-    def _features(self, batch: Sequence[Encoded]) -> Tensor:
-        """(S, W) on the CPU: all slots of a batch, zeros where one was dropped."""
-        given = self.answerer.collate(batch)
+    def _features(self, batch: Sequence[Prepared]) -> tuple[Tensor, list[int]]:
+        """(S, W) on the CPU: all slots of a batch, zeros where one was dropped. And how many each
+        image has, where the model hands them out image by image; else nothing."""
+        given = self.answerer.collate([one.encoded for one in batch])
         call = self.model.base_model.get_image_features
         known = inspect.signature(call).parameters
         arguments = {name: value for name, value in given.items() if name in known}
         if "pixel_values" not in given:
-            return self.table.new_zeros(0, self.table.shape[1])
+            return self.table.new_zeros(0, self.table.shape[1]), []
         arguments["pixel_values"] = given["pixel_values"]
         try:
             pooled = call(**arguments, return_dict=True).pooler_output
@@ -271,22 +271,27 @@ class Encoder:
             raise ValueError(
                 "the device's memory does not hold these images at once; use fewer or smaller ones"
             ) from None
-        return flat_features(pooled).to("cpu", self.dtype)
+        flat = flat_features(pooled).to("cpu", self.dtype)
+        by_image = self.together and not isinstance(pooled, Tensor)
+        return flat, [part.shape[:-1].numel() for part in pooled] if by_image else []
 
-    def _rows(self, one: Prepared, places: Tensor, slots: Tensor) -> Rows:
+    def _rows(
+        self, one: Prepared, places: Tensor, slots: Tensor, sizes: Sequence[int] = ()
+    ) -> Rows:
         """One question's rows.
 
         Args:
             one: the question.
             places: (T,) bool: where its visual tokens stand.
             slots: (S,) what fills them; zeros: dropped.
+            sizes: of each image, where the model told.
         """
         if len(slots) != int(places.sum()):
             raise ValueError("the model made another number of visual tokens than the prompt has")
         stays = ~places
         alive = (slots != 0).any(-1)
         stays[places] = alive
-        run = self._image_of(places, len(one.question.images))
+        run = _image_of(places, sizes)
         images = torch.bincount(run[alive], minlength=int(run.max()) + 1 if len(run) else 0)
         if self.together and bool((images == 0).any()):
             raise ValueError("nothing stays of an image at this keep; ask for more")
@@ -294,11 +299,15 @@ class Encoder:
         counts = tuple(int(n) for n in images)
         return Rows(one, ids[stays], places[stays], slots[alive], counts, len(slots))
 
-    def _image_of(self, places: Tensor, images: int) -> Tensor:
-        """(S,) which image each slot belongs to: slots of another stand behind some text, or all
-        images have as many."""
-        slots = int(places.sum())
-        if isinstance(self.family, PatchFamily) and images:
-            return torch.arange(slots) // (slots // images)
-        begins = places & ~torch.cat([places.new_zeros(1), places[:-1]])
-        return begins.cumsum(0)[places] - 1
+
+def _image_of(places: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(S,) which image each slot belongs to.
+
+    Args:
+        places: (T,) bool: where they stand.
+        sizes: slots of each image, which may stand side by side; none: behind each stands text.
+    """
+    if sizes:
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    begins = places & ~torch.cat([places.new_zeros(1), places[:-1]])
+    return begins.cumsum(0)[places] - 1

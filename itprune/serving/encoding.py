@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from itprune.question import Question
+from itprune.serving.backend import Broken
 from itprune.serving.encode import Encoder, Prepared, Rows
+
+logger = logging.getLogger(__name__)
 
 TOGETHER = 8
 """Questions encoded at once."""
+FAILED = "the model failed on these images; the log of the server says why"
 
 
 @dataclass(eq=False)
@@ -61,6 +66,7 @@ class EncodingLine:
 
         Raises:
             ValueError: what is wrong with it.
+            Broken: the encoder failed on it.
         """
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._prepare, self._encoder.prepare, question)
@@ -99,8 +105,11 @@ class EncodingLine:
         return group
 
     def _together(self, group: list[Waiting]) -> Sequence[Rows | Exception]:
-        """One result each."""
+        """One result each. What ends the work on several is looked for one by one."""
         try:
             return self._encoder.each([one.prepared for one in group], *group[0].setting)
-        except Exception as error:  # noqa: BLE001  # told to whoever waits
-            return [error] * len(group)
+        except Exception:  # told to whoever waits
+            if len(group) > 1:
+                return [found for one in group for found in self._together([one])]
+            logger.exception("the encoder failed")
+            return [Broken(FAILED)]

@@ -102,7 +102,8 @@ class JoinedLayer(DynamicLayer):
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
     def fit(self, rows: int, columns: int, like: tuple[Tensor, Tensor] | None = None) -> None:
-        """Makes space for so many rows and columns, and gives back what is far more.
+        """Makes space for so many rows and columns, and gives back what is far more, where there
+        is memory for a smaller copy.
 
         Args:
             rows: at least 1, or 0 to give back everything.
@@ -116,12 +117,21 @@ class JoinedLayer(DynamicLayer):
         enough = have_rows >= rows and have_columns >= columns
         if enough and have_rows * have_columns <= SLACK * want[0] * want[1]:
             return
-        keys, values = like or (self.keys, self.values)
-        self.keys = _resized(self.keys, keys, *want)
-        self.values = _resized(self.values, values, *want)
+        try:
+            self._resize(*want, *(like or (self.keys, self.values)))
+        except torch.OutOfMemoryError:
+            if not enough:
+                raise
+
+    def _resize(self, rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
+        """All of it or, where memory does not hold both sizes, nothing."""
+        places = None
         if self.window is not None:
             flat = keys.new_zeros(1, 1, dtype=torch.int32)
-            self.places = _resized(self.places, flat, *want)
+            places = _resized(self.places, flat, rows, columns)
+        new_keys = _resized(self.keys, keys, rows, columns)
+        new_values = _resized(self.values, values, rows, columns)
+        self.keys, self.values, self.places = new_keys, new_values, places
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def put(self, start: int, keys: Tensor, values: Tensor, places: Tensor) -> None:
@@ -131,11 +141,12 @@ class JoinedLayer(DynamicLayer):
         if self.places is not None:
             self.places[rows, :width] = places.int()
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies rows onto others."""
+    def move(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copies rows onto others. Takes no memory, so that it never fails."""
         for buffer in (self.keys, self.values, self.places):
             if buffer is not None:
-                buffer[target] = buffer[source]
+                for old, new in zip(source, target, strict=True):
+                    buffer[new] = buffer[old]
 
     def update(
         self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -232,10 +243,8 @@ class JoinedCache(Cache):
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         self.rows, self._changed = [self.rows[row] for row in order], True
-        source, target = (torch.tensor(t, device=self.device) for t in (movers, holes))
         for index, layer in enumerate(self.own):
-            if holes:
-                layer.move(source, target)
+            layer.move(movers, holes)
             layer.fit(left, max((place.length(index) for place in self.rows), default=0) + 1)
         return order
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from itprune.answer import Answerer, Encoded
 from itprune.attach import Attached
@@ -64,11 +65,13 @@ class Row:
     """Tokens it may have."""
     said: Said
     stream: torch.Generator
+    prompt: list[int]
+    own: LogitsProcessorList
+    """What the model itself does to its scores."""
     cost: Cost | None = None
     """Known when the prompt has run."""
     finish: str | None = None
     """stop: the model, or a stop string, ended it; length: it was cut; None: it goes on."""
-    prompt: list[int] = field(default_factory=list)
 
     @property
     def decoding(self) -> Decoding:
@@ -194,12 +197,14 @@ class Batch:
     def _row(self, asked: Asked) -> Row:
         encoded, decoding = asked.encoded, asked.decoding
         seed = row_seed(decoding.seed, encoded.inputs.values()) if decoding.temperature else 0
+        prompt, room = encoded.inputs["input_ids"].tolist(), self.room(asked)
         return Row(
             asked,
-            self.room(asked),
+            room,
             Said(self.answerer.processor.tokenizer, asked.stop),
             torch.Generator().manual_seed(seed),
-            prompt=encoded.inputs["input_ids"].tolist(),
+            prompt,
+            self._sampler.own(prompt, room),
         )
 
     def _position_ids(self, asked: Sequence[Asked], mask: Tensor) -> Tensor:

@@ -118,6 +118,10 @@ class Speaker(Protocol):
     def seen(self) -> list[int]:
         """Tokens of prompt and answer so far."""
 
+    @property
+    def own(self) -> LogitsProcessorList:
+        """From `Sampler.own`."""
+
 
 class Sampler:
     """Draws the next token of every row, as `generate` and `RowSampler` would of each alone.
@@ -130,9 +134,19 @@ class Sampler:
     """Processors that do not mind how often a token stands in a row, nor where."""
 
     def __init__(self, answerer: Answerer) -> None:
-        own = _processors(answerer)
-        self._together = all(type(processor) in self.AT_ONCE for processor in own)
-        self._own = own
+        self._answerer = answerer
+        self._usual = _processors(answerer, [answerer.stops[0]], 1)
+        self._together = all(type(processor) in self.AT_ONCE for processor in self._usual)
+
+    def own(self, prompt: Sequence[int], room: int) -> LogitsProcessorList:
+        """What the model's generation config does to the scores of one answer. Some of it counts
+        from the prompt's end, or up to that of the longest answer.
+
+        Args:
+            prompt: its tokens.
+            room: tokens the answer may have.
+        """
+        return self._usual if self._together else _processors(self._answerer, prompt, room)
 
     def __call__(self, rows: Sequence[Speaker], logits: Tensor) -> Tensor:
         """(B, vocab) logits -> (B,) tokens."""
@@ -153,21 +167,21 @@ class Sampler:
         return scores.argmax(-1)
 
     def _processed(self, rows: Sequence[Speaker], scores: Tensor) -> Tensor:
-        if not self._own:
+        if not self._usual:
             return scores
         seen, device = [row.seen for row in rows], scores.device
         if self._together:  # a row's first token, again and again, fills it up
             longest = max(map(len, seen))
             ids = [own[:1] * (longest - len(own)) + own for own in seen]
-            return self._own(torch.tensor(ids, device=device), scores)
+            return self._usual(torch.tensor(ids, device=device), scores)
         parts = [
-            self._own(torch.tensor([own], device=device), scores[row : row + 1])
-            for row, own in enumerate(seen)
+            row.own(torch.tensor([ids], device=device), scores[index : index + 1])
+            for index, (row, ids) in enumerate(zip(rows, seen, strict=True))
         ]
         return torch.cat(parts)
 
 
-def _processors(answerer: Answerer) -> LogitsProcessorList:
+def _processors(answerer: Answerer, prompt: Sequence[int], room: int) -> LogitsProcessorList:
     """What `generate` does to scores by the model's own generation config."""
     found: list[LogitsProcessorList] = []
 
@@ -176,11 +190,11 @@ def _processors(answerer: Answerer) -> LogitsProcessorList:
         return input_ids
 
     model: Any = answerer.model
-    ids = torch.tensor([[answerer.stops[0]]], device=model.device)
+    ids = torch.tensor([prompt], device=model.device)
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=answerer.settings(1),
+        generation_config=answerer.settings(room),
         custom_generate=take,
     )
     return found[0]

@@ -235,6 +235,10 @@ class UpstreamBackend:
             answer.deaths += not isinstance(error, Unreached)
             if answer.deaths >= DEATHS:
                 raise Broken(CUT) from None
+            if upstream.alive and set(self.balancer.alive) <= set(
+                met
+            ):  # so it would be asked again
+                await asyncio.sleep(self.balancer.beat)
 
 
 class Answering:

@@ -9,6 +9,7 @@ Changes to a folder that transformers wrote:
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ WHOLE = """\
 ## Serve with vLLM
 
 The weights have the names vLLM looks for (checked with vLLM {version}); so does transformers.
-From the directory that holds `{name}`, without pruning:
+From the directory that holds this folder, without pruning:
 
 ```bash
 vllm serve {name} --served-model-name {name}
@@ -130,4 +131,4 @@ def serving_section(model_type: str, name: str, pruned: bool) -> str:
         parts.append(PRUNED if model_type in ROWS else ALONE)
         parts += [RAGGED_ROWS] if model_type in RAGGED else []
     override = json.dumps({"architectures": [architecture(model_type)]})
-    return "\n".join(parts).format(name=name, version=VERSION, override=override)
+    return "\n".join(parts).format(name=shlex.quote(name), version=VERSION, override=override)

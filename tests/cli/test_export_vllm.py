@@ -64,6 +64,18 @@ def test_the_output_has_a_name_of_its_own(checkpoint: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run-vllm" / "pruner.json").exists()
 
 
+def test_a_folder_without_a_name_is_named_after_itself(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a run"
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.chdir(folder)
+    assert main(["export", ".", "--to", "vllm"]) == 0
+    card = (tmp_path / "a run-vllm" / "README.md").read_text()
+    serve = [c for c in commands(card) if c[1:2] == ["serve"]]
+    assert {c[2] for c in serve} == {"a run-vllm"}
+
+
 def test_several_files_and_a_method_with_weights_of_its_own(base: Path, tmp_path: Path) -> None:
     """vLLM reads every *.safetensors of a folder whose index does not say otherwise."""
     loaded = load_pretrained(base, device="cpu")

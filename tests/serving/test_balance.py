@@ -93,10 +93,22 @@ def test_many_that_doubt_a_server_look_once() -> None:
     assert looks == 1
 
 
-@pytest.mark.parametrize("models", [{}, {"data": []}, {"data": [{"id": 1, "max_model_len": "x"}]}])
-def test_a_server_that_names_no_model_is_left_out(models: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "models",
+    [
+        "",
+        "{}",
+        '{"data": []}',
+        '{"data": [{"id": 1, "max_model_len": "x"}]}',
+        '{"data": [{"id": 1, "max_model_len": 1e999}]}',
+        '{"data": [{"id": 1, "max_model_len": 0}]}',
+        "[" * 100_000,
+    ],
+    ids=["nothing", "empty", "none", "word", "endless", "zero", "deep"],
+)
+def test_a_server_that_names_no_model_is_left_out(models: str) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json=models)
+        return httpx.Response(200, text=models)
 
     async def start() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:

@@ -145,6 +145,31 @@ def test_many_prompts_are_run_in_several_goes() -> None:
     core.close()
 
 
+def test_a_prompt_longer_than_a_go_is_run_all_the_same() -> None:
+    core = limited(prompt_tokens=2)
+    tickets = [core.submit(asked(number), HALF) for number in (0, 1)]
+    told = drain(core)
+    assert [said(told, ticket) for ticket in tickets] == [alone(number, HALF) for number in (0, 1)]
+    core.close()
+
+
+def test_who_is_first_in_line_is_not_passed_by() -> None:
+    ledger = Ledger(answerer().text_config, torch.float32, Admission(kv_bytes=GB))
+    other = limited()
+    need = other.submit(asked(0, 300), HALF).need
+    other.close()
+    core = limited(kv_bytes=ledger.bytes(1, [need.width(None)] * len(ledger.windows)))
+    running = core.submit(asked(1), HALF)
+    first, second = core.submit(asked(0, 300), HALF), core.submit(asked(1), HALF)
+    told = core.turn()
+    assert {one.ticket for one in told} == {running}
+    assert (core.running, core.waiting) == (1, 2)
+    told = drain(core)
+    order = list(dict.fromkeys(one.ticket for one in told))
+    assert order == [running, first, second]
+    core.close()
+
+
 def test_a_window_needs_no_more_than_itself() -> None:
     need = Need.of(1000, 900, 0.1, 20)
     assert need.width(None) == 100 + 90 + 20
@@ -183,6 +208,7 @@ def test_a_broken_request_fails_alone(core: Core) -> None:
     told = drain(core)
     assert [t.ticket for t in told if isinstance(t, Failed)] == [bad]
     assert [said(told, ticket) for ticket in good] == [alone(number, HALF) for number in (0, 1)]
+    assert not core._tickets
 
 
 def test_a_method_that_does_not_fit_fails_with_its_sentence(core: Core) -> None:
@@ -193,6 +219,36 @@ def test_a_method_that_does_not_fit_fails_with_its_sentence(core: Core) -> None:
     assert [t.ticket for t in failed] == [wrong]
     assert "has trained parts" in failed[0].sentence
     assert said(told, right) == alone(1, HALF)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("no memory"), NO_MEMORY),
+        (RuntimeError("/secret/path"), FAILED),
+        (ValueError(), FAILED),
+        (ValueError("one line\nanother"), "one line"),
+    ],
+)
+def test_a_pruner_that_cannot_be_put_on_fails_its_requests_alone(
+    core: Core, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def broken(*args: object) -> None:
+        raise error
+
+    core.submit(asked(0), HALF)
+    core.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(Wardrobe, "method", broken)
+        second = core.submit(asked(0), FAST)
+        told = core.turn()
+    assert Failed(second, sentence) in told
+    assert core.running == 1
+    third = core.submit(asked(0), FAST)
+    told = drain(core)
+    assert said(told, third) == alone(0, FAST)
+    assert all(isinstance(one, Told) for one in told)
+    assert not core._tickets
 
 
 def test_without_memory_prompts_go_one_by_one_and_the_last_row_gives_way(core: Core) -> None:

@@ -164,6 +164,29 @@ def test_images_cannot_be_sent_one_by_one_where_marks_stand_between(folder: Fold
         ImagesWire(encoder)
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "internvl"])
+def test_images_side_by_side_are_sent_one_by_one(folder: Folder, name: str) -> None:
+    """Some templates write nothing between images, such as LLaVA-OneVision's."""
+    encoder = Encoder.load(folder(name), keep=0.4, device="cpu")
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]
+    pictures = (picture(1), picture(2, (56, 90)))
+    apart = Question.from_prompt("<image> or <image>?", list(pictures))
+    wanted = encoder.encode([encoder.prepare(apart)])[0]
+    token = encoder.answerer.processor.image_token
+    encoder.answerer.processor.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        f"{token}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{{% endfor %}}"
+    )
+    question = Question(({"role": "user", "content": parts},), pictures)
+    prepared = encoder.prepare(question)
+    for rows in encoder.encode([prepared, prepared]):
+        assert rows.images == wanted.images
+        body = ImagesWire(encoder).ask(rows)
+        sent = [read(part["image_embeds"]) for part in body["messages"][0]["content"][:2]]
+        for found, expected in zip(sent, wanted.each(), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_what_is_sent_is_no_larger_than_its_rows() -> None:
     large = torch.randn(1000, 64)
     text = payload(large[3:5])

@@ -6,14 +6,17 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from itprune import PruneConfig
 from itprune.methods import method_class, methods
+from itprune.serving import joining
 from itprune.serving.running import Asked, Batch
 from tests.family_models import NAMES
 from tests.serving.rows import PROMPTS, STYLES, Asking, Watched
@@ -73,10 +76,14 @@ def test_answers_are_those_given_alone(name: str, happenings: list[Happening]) -
     with watched(name) as batch:
         for what, style, prompts, number in happenings:
             play(batch, what, style, prompts, number)
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
         assert batch.batch.kv_bytes == 0
+
+
+def to_the_end(batch: Watched) -> None:
+    while batch.batch.rows:
+        batch.step()
 
 
 def play(batch: Watched, what: str, style: int, prompts: list[int], number: int) -> None:
@@ -114,8 +121,7 @@ def test_every_method_joins(method: str, monkeypatch: pytest.MonkeyPatch) -> Non
         batch.add("dense", [batch.asking.asked(2, 6)])
         batch.add(style, [batch.asking.asked(prompt, 5) for prompt in (0, 3, 4)])
         assert len(batch.batch.rows) == 4
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
 
 
@@ -134,8 +140,7 @@ def test_a_row_that_waits_long_grows_past_its_first_space() -> None:
         batch.add("itprune", [batch.asking.asked(0, 80)])
         batch.step()
         batch.add("dense", [batch.asking.asked(5, 75), batch.asking.asked(3, 2)])
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
 
 
@@ -145,8 +150,7 @@ def test_windows_that_pass_over_the_prompt() -> None:
         batch.add("dense", [batch.asking.asked(3, 30)])
         batch.step()
         batch.add("itprune", [batch.asking.asked(0, 30), batch.asking.asked(4, 30)])
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
 
 
@@ -235,7 +239,14 @@ def test_each_row_draws_as_it_would_alone(top_p: float) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"suppress_tokens": [7, 8, 9]}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}],
+    [
+        {"suppress_tokens": [7, 8, 9]},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"exponential_decay_length_penalty": (3, 1.5)},  # counts from the prompt's end
+        {"forced_eos_token_id": 1},  # at the end of the longest answer
+        {"encoder_repetition_penalty": 1.5},  # of the prompt's tokens
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_the_model_itself_does_to_scores_is_done(settings: dict) -> None:
@@ -261,8 +272,7 @@ def test_a_batch_that_cannot_be_made_changes_nothing() -> None:
         with pytest.raises((ValueError, RuntimeError)):  # the host's own words
             batch.batch.add([Asked(replace(whole, inputs=inputs), row.decoding)])
         assert batch.batch.rows == [row]
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
 
 
@@ -278,9 +288,51 @@ def test_a_failed_step_can_be_repeated() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             batch.batch.step()
         handle.remove()
-        while batch.batch.rows:
-            batch.step()
+        to_the_end(batch)
         check(batch)
+
+
+@pytest.mark.parametrize("copies", range(1, 8))
+def test_space_that_cannot_be_had_is_asked_for_again(
+    copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ends in the middle of a layer, or between two of them."""
+    with watched("gemma3") as batch, monkeypatch.context() as patch:
+        batch.add("dense", [batch.asking.asked(prompt, 40) for prompt in (0, 3)])
+        left = copies
+
+        def tight(*args: Any) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("no memory")
+            return resized(*args)
+
+        resized = joining._resized
+        patch.setattr(joining, "_resized", tight)
+        with pytest.raises(torch.OutOfMemoryError):
+            to_the_end(batch)
+        left = 1000
+        to_the_end(batch)
+        check(batch)
+
+
+def test_rows_leave_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Space is given back by copying what stays, and there is none for the copy."""
+
+    def full(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    with watched("gemma3") as batch:
+        rows = batch.add("itprune", [batch.asking.asked(p, 6) for p in (2, 0, 3, 1, 4, 5)])
+        batch.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(joining, "_resized", full)
+            batch.batch.cancel([rows[0], rows[2], rows[1], rows[4]])
+        assert set(batch.batch.rows) == {rows[3], rows[5]}
+        to_the_end(batch)
+        check(batch)
+        assert batch.batch.kv_bytes == 0
 
 
 def test_closing_gives_the_model_back() -> None:

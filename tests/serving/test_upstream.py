@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 from itprune.answer import TooLong
 from itprune.question import Question
 from itprune.serving.backend import Broken, Piece, Request, Unavailable
+from itprune.serving.balance import Unreached
 from itprune.serving.encode import Encoder
 from itprune.serving.upstream import UpstreamBackend
 from itprune.serving.wire import WIRES
@@ -281,6 +282,54 @@ def test_a_server_that_is_stuck_is_left(servers: Servers, encoder: Encoder, own:
             return said(heads + [piece async for piece in pieces])
 
     assert asyncio.run(ask()) == own[1]
+
+
+def test_a_server_that_only_says_it_lives_is_not_asked_without_pause(
+    servers: Servers, encoder: Encoder
+) -> None:
+    async def ask() -> None:
+        calls = 0
+
+        async def refuse(*args: Any) -> AsyncIterator[Any]:
+            nonlocal calls
+            calls += 1
+            raise Unreached("ConnectError")
+            yield
+
+        async with Asked(encoder, [servers.start()], beat=0.2) as asked:
+            asked.backend._ask = refuse
+            stream = await asked.stream(questions()[0])
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.7):
+                    await anext(aiter(stream))
+            assert 2 <= calls <= 5
+
+    asyncio.run(ask())
+
+
+def test_images_that_fail_fail_alone(
+    servers: Servers, encoder: Encoder, own: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody thought of how they fail."""
+    whole = encoder.each
+
+    def each(batch: Any, *setting: Any) -> Any:
+        if any(one.question.images == bad.images for one in batch):
+            raise RuntimeError("/secret/path")
+        return whole(batch, *setting)
+
+    bad = Question.from_prompt("What?", [picture(9)])
+    monkeypatch.setattr(encoder, "each", each)
+
+    async def ask() -> list[Any]:
+        async with Asked(encoder, [servers.start()]) as asked:
+            found = map(asked.text, [*questions(), bad, *questions()])
+            return await asyncio.gather(*found, return_exceptions=True)
+
+    *texts, failed = sorted(asyncio.run(ask()), key=lambda one: isinstance(one, Exception))
+    assert texts == own * 2
+    assert isinstance(failed, Broken)
+    assert "secret" not in str(failed)
 
 
 def test_busy_is_not_dead(servers: Servers, encoder: Encoder, own: list[str]) -> None:
