@@ -21,7 +21,7 @@ ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/
 # vLLM's CPU build (a package of its own, 3.5 GB) in an environment of its own.
 VLLM := .venv-vllm
 
-.PHONY: install quickstart test test-fast test-oldest test-vllm lint types check clean
+.PHONY: install quickstart test test-fast test-oldest test-vllm test-vllm-server lint types check clean
 
 install: $(READY)
 
@@ -56,6 +56,9 @@ $(VLLM)/.ready: constraints-vllm.txt $(READY)
 
 test-vllm: $(VLLM)/.ready  ## every exported family in the real vLLM, and its servers asked at once
 	ITPRUNE_VLLM_ENV=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -n 0 tests/vllm
+
+test-vllm-server: $(READY)  ## the real server alone; skipped, with the reason, where vLLM cannot be had
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 0 -rs tests/vllm/test_server.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -246,7 +246,7 @@ def test_the_key_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_key(None) == "from-outside"
     for wrong in ("no\nheader", "schlüssel", "bell\a"):
         monkeypatch.setenv(KEY, wrong)
-        with pytest.raises(ValueError, match=f"^{KEY}: must hold one key") as told:
+        with pytest.raises(ValueError, match=f"^{KEY}: a key must have plain letters") as told:
             read_key(None)
         assert wrong not in str(told.value)
     file = tmp_path / "key"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,13 @@ from tests.lmms.inside import Inside
 from tests.serving.reference import Reference
 from tests.vllm.documented import documented
 from tests.vllm.models import QUESTION, pictures
-from tests.vllm.server import TOKENS, Server, at_once, free_port, node, serving, shown, text
+from tests.vllm.server import SMALL, TOKENS, Server, at_once, free_port, node, serving, shown, text
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 REQUESTS = 24
+COUNT = 6
+"""Rows of every image for vLLM's batch runner."""
+OFFLINE = SMALL[: SMALL.index("--host")]
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +90,47 @@ def test_a_server_that_is_killed_takes_no_request_with_it(
     assert said == [answer for _, answer in asked]
 
 
-def test_a_file_of_questions(
-    vllm: Inside, stock: Server, exported: Path, asked: list[tuple[Question, str]]
-) -> None:
+@pytest.fixture
+def here(exported: Path, asked: list[tuple[Question, str]], tmp_path: Path) -> dict[str, str]:
+    """What the documented names are in these tests; the questions lie there as a file."""
     lines = []
     for number, (question, _) in enumerate(asked):
         names = [f"{number}-{place}.png" for place in range(len(question.images))]
         for name, picture in zip(names, question.images, strict=True):
-            picture.save(vllm.work / name)
+            picture.save(tmp_path / name)
         lines.append(json.dumps({"prompt": QUESTION, "images": names}))
-    (vllm.work / "in.jsonl").write_text("\n".join(lines) + "\n")
-    ((_, *words),) = documented("itprune", "encode")
-    here = {"outputs/deployed": str(exported), "in.jsonl": str(vllm.work / "in.jsonl")}
-    here["out.jsonl"] = str(vllm.work / "out.jsonl")
-    words = [here.get(word, word) for word in words]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    names = ("in.jsonl", "out.jsonl", "answers.jsonl", "build/rows", "build/rows/requests.jsonl")
+    own = {name: str(tmp_path / name) for name in names}
+    return {**own, "outputs/deployed": str(exported), "deployed": exported.name}
+
+
+def read_lines(path: str) -> list[Any]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_file_of_questions(
+    stock: Server, here: dict[str, str], asked: list[tuple[Question, str]]
+) -> None:
+    words = [here.get(word, word) for word in documented("itprune", "encode")[0][1:]]
     words[words.index("--upstream") + 1] = stock.url
     assert main([*words, "--max-new-tokens", str(TOKENS), "--quiet"]) == 0
-    told = [json.loads(line) for line in (vllm.work / "out.jsonl").read_text().splitlines()]
-    told.sort(key=lambda line: line["line"])
+    told = sorted(read_lines(here["out.jsonl"]), key=lambda line: line["line"])
     assert [line["answer"] for line in told] == [answer for _, answer in asked]
+
+
+def test_vllms_batch_runner(
+    vllm: Inside, exported: Path, here: dict[str, str], asked: list[tuple[Question, str]]
+) -> None:
+    words = [here.get(word, word) for word in documented("itprune", "encode")[1][1:]]
+    words[words.index("--same-count") + 1] = str(COUNT)
+    assert main([*words, "--max-new-tokens", str(TOKENS), "--quiet"]) == 0
+    ((_, *words),) = documented("python", "-m", "vllm.entrypoints.openai.run_batch")
+    words = [here.get(word, word) for word in words]
+    run = vllm.run(vllm.python, *words, *OFFLINE)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = {line["custom_id"]: line for line in read_lines(here["answers.jsonl"])}
+    own = Reference(exported, None, stage1={"rule": "topk", "keep": COUNT})
+    for number, (question, _) in enumerate(asked, 1):
+        choice = told[f"line-{number}"]["response"]["body"]["choices"][0]
+        assert choice["message"]["content"].strip() == own.answer(question, TOKENS).answer
