@@ -11,22 +11,26 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
-from itprune.cli import serve
+from itprune.cli import main, serve
 from itprune.serving.limits import Limits
 from tests.app.asking import png
 from tests.serving.command import ROOT, running
 from tests.serving.endpoint import CHAT, WAIT, asked, data_url, refusal
+from tests.serving.upstreams import Servers, build_wide
+from tests.tiny_llava import PLAIN
+from tests.vllm.documented import commands, documented
 
 MODEL = "assets/tiny-llava"
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+ONE, MANY = PAGE.split("## More than one machine")
+BLOCKS = re.findall(r"```bash\n(.*?)```", ONE, re.S)
 SERVERS = [line for block in BLOCKS for line in block.splitlines() if "itprune serve" in line]
 CURLS = [block for block in BLOCKS if "curl" in block]
 
@@ -96,6 +100,24 @@ def test_commands_that_ask(url: str, block: str) -> None:
         for name in named:
             assert f"# TYPE {name.removesuffix('_total')}" in done.stdout
         assert '"id":"tiny-llava"' in done.stdout
+
+
+def test_the_commands_for_many_machines(tmp_path: Path) -> None:
+    export, node, front = commands(MANY)
+    assert [node] == documented("launch/vllm/node.sh")  # which tests/test_vllm_launch.py runs
+    exported = tmp_path / "deployed"
+    here = {"outputs/run": str(build_wide(tmp_path / "run", PLAIN)), node[1]: str(exported)}
+    assert main([here.get(word, word) for word in export[1:]]) == 0
+    words = [here.get(word, word) for word in front[2:]]
+    with closing(Servers(exported)) as servers:
+        both = [servers.start() for _ in range(2)]
+        words[words.index("--upstream") + 1] = ",".join(server.url for server in both)
+        with running(words) as (url, _):
+            body = {"model": exported.name, "messages": asked(data_url(png()))}
+            for _ in both:
+                answer = httpx.post(f"{url}{CHAT}", json=body, timeout=WAIT)
+                assert answer.json()["itprune"]["kept_visual_tokens"] > 0
+        assert [len(server.log) for server in both] == [1, 1]
 
 
 def test_the_program_of_the_page(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
