@@ -16,12 +16,14 @@ ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/
 	tests/test_family_generate.py tests/test_family_scores.py tests/test_family_methods.py \
 	tests/test_family_method_answers.py tests/test_family_video.py tests/test_family_input.py \
 	tests/test_add_a_family.py tests/test_callers.py tests/test_inner_call.py \
-	tests/test_downsample.py tests/test_attention_received.py tests/test_repeats.py
+	tests/test_downsample.py tests/test_attention_received.py tests/test_repeats.py \
+	tests/serving/test_running.py tests/serving/test_core.py tests/serving/test_saying.py \
+	tests/serving/test_encode.py
 
 # vLLM's CPU build (a package of its own, 3.5 GB) in an environment of its own.
 VLLM := .venv-vllm
 
-.PHONY: install quickstart test test-fast test-oldest test-vllm test-vllm-server lint types check clean
+.PHONY: install quickstart test test-fast test-oldest test-vllm lint types check clean
 
 install: $(READY)
 
@@ -44,21 +46,21 @@ test-fast: $(READY)
 $(OLDEST)/.ready-$(TORCH): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt torch==$(TORCH) -e '.[search]' pytest pytest-xdist hypothesis
+		-c constraints-oldest.txt torch==$(TORCH) -e '.[search,serve]' pytest pytest-xdist hypothesis
 	touch $@
 
 test-oldest: $(OLDEST)/.ready-$(TORCH)  ## the oracles with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup $(ORACLES)
 
 $(VLLM)/.ready: constraints-vllm.txt $(READY)
+	rm -rf $(VLLM)
 	$(BIN)/python -m tests.vllm.environment $(VLLM)
 	touch $@
 
-test-vllm: $(VLLM)/.ready  ## every exported family in the real vLLM, and its servers asked at once
-	ITPRUNE_VLLM_ENV=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -n 0 tests/vllm
-
-test-vllm-server: $(READY)  ## the real server alone; skipped, with the reason, where vLLM cannot be had
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 0 -rs tests/vllm/test_server.py
+test-vllm: $(READY)  ## the real vLLM; skipped, with the reason, where it cannot be had
+	-$(MAKE) --no-print-directory $(VLLM)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" ITPRUNE_VLLM_ENV=$(CURDIR)/$(VLLM) \
+		$(BIN)/python -m pytest -n 0 -rs tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -133,4 +133,6 @@ def test_vllms_batch_runner(
     own = Reference(exported, None, stage1={"rule": "topk", "keep": COUNT})
     for number, (question, _) in enumerate(asked, 1):
         choice = told[f"line-{number}"]["response"]["body"]["choices"][0]
-        assert choice["message"]["content"].strip() == own.answer(question, TOKENS).answer
+        # Half a letter at the cut is left out by vLLM, and shown as this mark by us.
+        answer = own.answer(question, TOKENS).answer.rstrip("\N{REPLACEMENT CHARACTER}")
+        assert choice["message"]["content"].strip() == answer
