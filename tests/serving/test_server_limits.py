@@ -337,6 +337,19 @@ def test_each_client_has_its_own_pace() -> None:
         pace.take("a")
 
 
+def test_who_asks_again_when_told_is_answered() -> None:
+    clock = [0.0]
+    pace = Pace(40, lambda: clock[0])
+    for _ in range(40):
+        pace.take("a")
+    clock[0] = 0.2
+    with pytest.raises(ApiError) as error:
+        pace.take("a")
+    assert error.value.wait is not None
+    clock[0] += error.value.wait
+    pace.take("a")
+
+
 def test_who_asks_too_often_is_told_when_to_ask_again(backend: Scripted) -> None:
     with served(backend, limited(rate=1)) as (url, _):
         asking = Asking(url)
