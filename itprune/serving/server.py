@@ -110,7 +110,8 @@ class Endpoint:
     async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
         """Hands a request to the backend; its pictures are held no longer than that takes."""
         facts = self.backend.facts()
-        async with self._reader.reading(http, facts) as (chat, request, began):
+        reading = self._reader.reading(http, facts)
+        async with self.gate.taking_in(), reading as (chat, request, began):
             left = began + self.limits.seconds - time.monotonic()
             try:
                 async with asyncio.timeout(left):
@@ -254,6 +255,8 @@ async def _events(
                 yield event
     except ApiError as error:
         yield replies.failure(error)
+        return
+    except Gone:  # with the first token, when the stream had not begun
         return
     yield (reply.usage(piece.usage) if usage else "") + DONE
 
