@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
+COLDEST = 1e-20
+"""What colder temperatures are taken for: nothing is random there, and colder ones would make
+infinities of several scores, of which the first would win."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -56,7 +60,7 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, decoding: Decoding, seeds: Iterable[int]) -> None:
-        self.temperature = decoding.temperature
+        self.temperature = max(decoding.temperature, COLDEST)
         self.warper = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 

@@ -13,6 +13,7 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,36 @@ def split_text(text: Any) -> Content:
     """A text with `<image>` places as content; line breaks around a place belong to it."""
     if not isinstance(text, str):
         raise ValueError(f"a message must be text, got {type(text).__name__}")
+    return trimmed(_pieces(text))
+
+
+def _pieces(text: str) -> Content:
     content: Content = []
     for index, piece in enumerate(text.split(IMAGE)):
         if index:
             content.append({"type": "image"})
-        if piece.strip():
-            content.append({"type": "text", "text": piece.strip()})
+        content.append({"type": "text", "text": piece})
     return content
+
+
+def trimmed(content: Content) -> Content:
+    """Content without space around image places and at its ends, and without empty texts. Space
+    between two texts is theirs: a template writes none, and their words would become one."""
+    found: Content = []
+    for is_text, group in groupby(content, lambda part: part["type"] == "text"):
+        parts = list(group)
+        found += _trimmed_texts(parts) if is_text else parts
+    return found
+
+
+def _trimmed_texts(texts: Content) -> Content:
+    said = [index for index, part in enumerate(texts) if part["text"].strip()]
+    if not said:
+        return []
+    inner = [dict(part) for part in texts[said[0] : said[-1] + 1] if part["text"]]
+    inner[0]["text"] = inner[0]["text"].lstrip()
+    inner[-1]["text"] = inner[-1]["text"].rstrip()
+    return inner
 
 
 def _layout(record: Mapping[str, Any]) -> str:
@@ -189,7 +213,7 @@ def _content(content: Any) -> Content:
     for item in content:
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind == "text" and isinstance(item.get("text"), str):
-            parts.extend(split_text(item["text"]))
+            parts.extend(_pieces(item["text"]))
         elif kind == "image":
             path = item.get("path", item.get("image"))
             if path is not None and not isinstance(path, str):
@@ -197,7 +221,7 @@ def _content(content: Any) -> Content:
             parts.append({"type": "image"} if path is None else {"type": "image", "path": path})
         else:
             raise ValueError("a content item must be {type: text, text} or {type: image}")
-    return parts
+    return trimmed(parts)
 
 
 # ------------------------------------------------------------------------------------- images
@@ -218,8 +242,14 @@ class ImageFolder:
         return open_image(path)
 
 
-def open_image(source: str | Path | io.BytesIO) -> Image.Image:
+def open_image(
+    source: str | Path | io.BytesIO, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Reads an image as RGB.
+
+    Args:
+        source: a file, or its bytes.
+        formats: those it may have; None: any.
 
     Raises:
         ValueError: missing, unreadable, or of a size or kind that no picture honestly has.
@@ -229,7 +259,7 @@ def open_image(source: str | Path | io.BytesIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source)
+            image = Image.open(source, formats=formats)
         with image:
             wrong = refusal(image)  # the header alone must not make us decode gigabytes
             if not wrong:

@@ -101,8 +101,8 @@ class Ledger:
         wanted = self.bytes(1, [need.width(window) for window in self.windows])
         if wanted > self.limits.kv_bytes:
             raise ValueError(
-                f"the request may need {wanted / MB:.0f} MB of memory for keys and values, but "
-                f"{self.limits.kv_bytes / MB:.0f} MB is the limit; ask for a shorter answer, a "
+                f"the request may need {wanted / MB:.1f} MB of memory for keys and values, but "
+                f"{self.limits.kv_bytes / MB:.1f} MB is the limit; ask for a shorter answer, a "
                 "lower keep, or with smaller pictures"
             )
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from itprune.answer import TooLong
 from itprune.serving.backend import Broken, Piece, Stream, Unavailable, Usage
@@ -32,20 +32,46 @@ class Gate:
     def __init__(self) -> None:
         self.running = 0
         self.closed = False
+        self._over = False
         self._courses: set[Course] = set()
+        self._waits: set[asyncio.Timeout] = set()
 
     def close(self) -> None:
         """Takes nothing more in."""
         self.closed = True
 
     def cut(self) -> None:
-        """Ends all answers under way."""
+        """Ends all that is under way."""
+        self._over = True
         for course in self._courses:
             course.end(busy(STOPPING))
+        now = asyncio.get_running_loop().time()
+        waits, self._waits = self._waits, set()  # each is told once
+        for wait in waits:
+            wait.reschedule(now)
+
+    @asynccontextmanager
+    async def taking_in(self) -> AsyncIterator[None]:
+        """A request that is read and handed over, for the block, which the cut ends.
+
+        Raises:
+            ApiError: 503, it was cut.
+        """
+        try:
+            async with asyncio.timeout(0 if self._over else None) as wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            raise busy(STOPPING) from None
 
     def add(self, course: Course) -> None:
         """One more to be cut."""
         self._courses.add(course)
+        if self._over:
+            course.end(busy(STOPPING))
 
     def remove(self, course: Course) -> None:
         """It has ended."""

@@ -98,8 +98,9 @@ class JoinedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, unused ones included."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        """Bytes of keys and values, unused ones included. Other threads may ask, also while these
+        are given back."""
+        return sum(held.nbytes for held in (self.keys, self.values) if held is not None)
 
     def fit(self, rows: int, columns: int, like: tuple[Tensor, Tensor] | None = None) -> None:
         """Makes space for so many rows and columns, and gives back what is far more, where there

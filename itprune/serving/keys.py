@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -87,5 +88,5 @@ class Pace:
                 429,
                 f"this server takes {self.rate} requests a minute from one client; wait a little",
                 code="rate_limit_exceeded",
-                wait=max(1, round((1 - left) * each)),
+                wait=math.ceil((1 - left) * each),
             )

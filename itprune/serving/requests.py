@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
@@ -25,6 +26,8 @@ from itprune.web.bodies import Refusal, bounded
 READERS = 32
 """Requests that are held at a time, from their bodies until a backend has taken in their pictures;
 further ones wait in their senders."""
+SHARE = READERS // 2
+"""Of one client: slow senders among its requests do not hold up those of others."""
 DECODERS = 2
 """Requests whose pictures are opened at a time; a large one takes a hundred megabytes meanwhile."""
 
@@ -40,19 +43,27 @@ class Reader:
     def __init__(self, limits: Limits, pictures: Pictures) -> None:
         self.limits, self.pictures = limits, pictures
         self._readers = asyncio.Semaphore(READERS)
+        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """Of clients whose requests are being read."""
         self._decoders = asyncio.Semaphore(DECODERS)
 
     @asynccontextmanager
     async def reading(
-        self, http: HttpRequest, facts: Facts
+        self, http: HttpRequest, client: str, facts: Facts
     ) -> AsyncIterator[tuple[Chat, Request, float]]:
         """What a client wants, what a backend is to do, and when the last byte was there, by
         `time.monotonic`; for a block that takes it in.
 
+        Args:
+            http: its body was not read yet.
+            client: who sends it.
+            facts: of the backend.
+
         Raises:
             ApiError: it cannot be read, or is beyond a limit.
         """
-        async with self._readers:
+        share = self._shares.setdefault(client, asyncio.Semaphore(SHARE))
+        async with share, self._readers:
             body = await self._body(http)
             began = time.monotonic()
             async with self._decoders:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itprune.options import LARGEST, nearest
+from itprune.question import trimmed
 from itprune.serving.openai_errors import ApiError
 
 READ = (
@@ -157,8 +158,7 @@ def _content(value: Any, where: str) -> tuple[list[dict[str, Any]], list[str]]:
         at = f"{where}[{index}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            if part["text"].strip():  # spaces around a text are not those of training
-                parts.append({"type": "text", "text": part["text"].strip()})
+            parts.append({"type": "text", "text": part["text"]})
         elif kind == "image_url":
             urls.append(_url(part.get("image_url"), at))
             parts.append({"type": "image"})
@@ -166,7 +166,7 @@ def _content(value: Any, where: str) -> tuple[list[dict[str, Any]], list[str]]:
             raise _wrong(at, NO_TENSORS)
         else:
             raise _wrong(at, f"{at}: must be of type text or image_url")
-    return parts, urls
+    return trimmed(parts), urls
 
 
 def _url(value: Any, where: str) -> str:

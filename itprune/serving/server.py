@@ -92,9 +92,10 @@ class Endpoint:
     async def chat(self, http: HttpRequest) -> Response:
         """One answer."""
         async with AsyncExitStack() as stack:
-            self._pace.take(self.keys.client(http))
+            client = self.keys.client(http)
+            self._pace.take(client)
             stack.enter_context(self.gate.under_way(self.limits.requests))
-            chat, reply, course = await self._begin(http)
+            chat, reply, course = await self._begin(http, client)
             stack.push_async_callback(course.close)
             first = asyncio.create_task(course.next())
             stack.callback(first.cancel)
@@ -107,10 +108,11 @@ class Endpoint:
             events = _events(course, first, reply, chat.usage)
             return EventStream(events, stack.pop_all().aclose, self.limits.seconds)
 
-    async def _begin(self, http: HttpRequest) -> tuple[Chat, Reply, Course]:
+    async def _begin(self, http: HttpRequest, client: str) -> tuple[Chat, Reply, Course]:
         """Hands a request to the backend; its pictures are held no longer than that takes."""
         facts = self.backend.facts()
-        async with self._reader.reading(http, facts) as (chat, request, began):
+        reading = self._reader.reading(http, client, facts)
+        async with self.gate.taking_in(), reading as (chat, request, began):
             left = began + self.limits.seconds - time.monotonic()
             try:
                 async with asyncio.timeout(left):
@@ -254,6 +256,8 @@ async def _events(
                 yield event
     except ApiError as error:
         yield replies.failure(error)
+        return
+    except Gone:  # with the first token, when the stream had not begun
         return
     yield (reply.usage(piece.usage) if usage else "") + DONE
 

@@ -31,7 +31,8 @@ def read_picture(data: bytes, pixels: int) -> Image.Image:
     if is_thin((width, height)):
         raise ValueError(f"the picture has {width}x{height} pixels, which is a line; crop it first")
     try:
-        return open_image(io.BytesIO(data))
+        # The formats again: a file may be one of ours and, to another decoder, something else.
+        return open_image(io.BytesIO(data), FORMATS)
     except ValueError:  # its sentence names a file, and here is none
         raise ValueError("the picture is damaged or cut off; save it anew and try again") from None
 

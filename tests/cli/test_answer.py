@@ -160,6 +160,14 @@ def test_draws_follow_the_probabilities() -> None:
     assert nucleus(torch.zeros(rows, 1), logits.expand(rows, -1)).argmax(1).unique().tolist() == [0]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_the_coldest_temperatures_are_greedy(top_p: float) -> None:
+    logits = torch.tensor([[1.0, 5.0, 9.0, -float("inf"), 8.99]])
+    for temperature in (1e-9, 1e-38, 1e-45, 1e-300):
+        sampler = RowSampler(Decoding(temperature=temperature, top_p=top_p), [0])
+        assert sampler(torch.zeros(1, 1), logits).argmax(1).tolist() == [2]
+
+
 def test_the_clock_stops_nothing() -> None:
     clock = Clock(torch.device("cpu"))
     for _ in range(3):

@@ -97,6 +97,15 @@ def test_bad_records(record: object, reason: str) -> None:
         Question.from_record(record, lambda path: PICTURE)
 
 
+def test_words_of_two_items_stay_apart() -> None:
+    items = [{"type": "text", "text": text} for text in (" What digit ", "is red? <image>", " b ")]
+    question = Question.from_record(
+        {"messages": [{"role": "user", "content": items}], "image": "a"}, lambda path: PICTURE
+    )
+    texts = [part.get("text") for part in question.messages[0]["content"]]
+    assert texts == ["What digit ", "is red?", None, "b"]
+
+
 def test_images_stay_in_their_folder(tmp_path: Path, pictures: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from itprune import load_pretrained
@@ -17,6 +18,7 @@ from itprune.decoding import Decoding
 from itprune.question import Question
 from itprune.serving.admission import Admission
 from itprune.serving.backend import Broken, Piece, Request, Unavailable
+from itprune.serving.joining import JoinedLayer
 from itprune.serving.local import DEAD, LocalBackend
 from tests.app.asking import png
 from tests.serving.endpoint import WAIT, local
@@ -125,6 +127,22 @@ def test_a_client_who_leaves_gives_up_row_and_memory(folder: Path) -> None:
 
     assert running(backend, leave)[1].finish is not None
     assert [gauge.value for gauge in backend.gauges()] == [0, 0, 0]
+
+
+def test_memory_may_be_asked_for_while_it_is_given_back() -> None:
+    class Leaving(JoinedLayer):
+        """Its keys and values go while another thread looks at them."""
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "keys" and value is not None:
+                self._release()
+            return value
+
+    layer = Leaving(None)
+    layer.keys, layer.values = torch.zeros(2), torch.zeros(2)
+    assert layer.nbytes == 8
+    assert layer.nbytes == 0
 
 
 def test_what_can_never_fit_is_refused_at_once(folder: Path) -> None:

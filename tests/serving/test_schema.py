@@ -80,6 +80,19 @@ def test_defaults() -> None:
     )
 
 
+def test_words_of_two_parts_stay_apart() -> None:
+    parts = [" ", " What digit ", "", "is ", "red? ", "data:a", " And now? "]
+    content = [
+        {"type": "image_url", "image_url": text}
+        if text.startswith("data:")
+        else {"type": "text", "text": text}
+        for text in parts
+    ]
+    chat = read_chat({"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    found = [part.get("text") for part in chat.messages[0]["content"]]
+    assert found == ["What digit ", "is ", "red?", None, "And now?"]
+
+
 def test_everything_that_can_be_asked() -> None:
     chat = read_chat(
         {

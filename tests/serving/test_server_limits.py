@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from queue import Queue
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ from itprune.serving.launching import Server
 from itprune.serving.limits import Limits
 from itprune.serving.openai_errors import ApiError, sentence_of
 from itprune.serving.replies import Reply
-from itprune.serving.requests import Reader
+from itprune.serving.requests import READERS, Reader
 from tests.serving.endpoint import CHAT, MODEL, WAIT, body, limited, refusal, served
 from tests.serving.scripted import Scripted, ScriptedStream, said
 
@@ -32,11 +34,13 @@ from tests.serving.scripted import Scripted, ScriptedStream, said
 class Asking:
     """A request that is under way in a thread of its own."""
 
-    def __init__(self, url: str, **fields: Any) -> None:
+    def __init__(self, url: str, key: str = "", **fields: Any) -> None:
         self.answers: Queue[httpx.Response] = Queue()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
 
         def ask() -> None:
-            self.answers.put(httpx.post(f"{url}{CHAT}", json=body(**fields), timeout=WAIT))
+            sent = httpx.post(f"{url}{CHAT}", json=body(**fields), headers=headers, timeout=WAIT)
+            self.answers.put(sent)
 
         self.thread = threading.Thread(target=ask, daemon=True)
         self.thread.start()
@@ -257,6 +261,23 @@ def test_a_request_that_takes_too_long_to_come_in(backend: Scripted) -> None:
         connection.close()
 
 
+def test_slow_senders_of_one_client_hold_up_no_other(backend: Scripted) -> None:
+    keys = ("the-key-of-one", "the-key-of-two")
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: 99\r\nAuthorization: Bearer {keys[0]}\r\n\r\n{{"
+    limits = limited(upload_seconds=2.0 * WAIT)
+    with served(backend, limits, keys) as (url, process), ExitStack() as stack:
+        port = urlsplit(url).port
+        for _ in range(READERS + 1):
+            sender = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            sender.sendall(head.encode())
+        while process.endpoint.gate.running <= READERS:
+            pass
+        asking = Asking(url, key=keys[1])
+        backend.tell(stream_of(backend), said("a", "stop"))
+        assert asking.answer().status_code == 200
+
+
 def test_a_client_who_does_not_read_is_cut_off(backend: Scripted) -> None:
     with served(backend, limited(seconds=0.5)) as (url, _):
         connection = open_stream(url)
@@ -335,6 +356,19 @@ def test_each_client_has_its_own_pace() -> None:
     pace.take("a")
     with pytest.raises(ApiError):
         pace.take("a")
+
+
+def test_who_asks_again_when_told_is_answered() -> None:
+    clock = [0.0]
+    pace = Pace(40, lambda: clock[0])
+    for _ in range(40):
+        pace.take("a")
+    clock[0] = 0.2
+    with pytest.raises(ApiError) as error:
+        pace.take("a")
+    assert error.value.wait is not None
+    clock[0] += error.value.wait
+    pace.take("a")
 
 
 def test_who_asks_too_often_is_told_when_to_ask_again(backend: Scripted) -> None:

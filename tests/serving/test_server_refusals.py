@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import torch
+from PIL import Image
 
 from tests.app.asking import png
 from tests.serving.endpoint import CHAT, MODEL, WAIT, asked, body, data_url, image, refusal
@@ -100,6 +101,31 @@ def test_rubbish_pictures(http: httpx.Client, picture: str, words: str) -> None:
 def test_files_elsewhere_are_not_opened_nor_told_of(http: httpx.Client, name: str) -> None:
     error = refusal(http.post(CHAT, json=body(name)), 400)
     assert error["message"] == "there is no such picture among the files this server may open"
+
+
+def test_no_other_decoder_sees_a_picture_of_ours(http: httpx.Client) -> None:
+    """Behind the WebP stands what Pillow would rather take for a Photo CD of 768 x 512."""
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    answers = []
+    for tail in (b"", b"PCD_" + bytes(2048)):
+        out = io.BytesIO()
+        picture.save(out, "WEBP", quality=1)
+        assert len(out.getvalue()) < 2048
+        whole = out.getvalue().ljust(2048, b"\0") + tail if tail else out.getvalue()
+        answer = http.post(CHAT, json=body(data_url(whole, "image/webp"), max_tokens=1))
+        assert answer.status_code == 200, answer.text
+        answers.append(answer.json()["itprune"])
+    assert answers[0] == answers[1]
+
+
+def test_an_image_token_in_two_parts_is_refused(http: httpx.Client) -> None:
+    for content in (["<ima", "ge>"], ["<ima", PICTURE, "ge>"], [PICTURE, "a <ima", "ge> b"]):
+        parts = [
+            image(text) if text is PICTURE else {"type": "text", "text": text} for text in content
+        ]
+        sent = {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+        message = refusal(http.post(CHAT, json=sent), 400)["message"]
+        assert message == "the text contains <image>, a token of the model's images"
 
 
 def test_allowed_files_are_pictures_too(http: httpx.Client, files: Path) -> None:
