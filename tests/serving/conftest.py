@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client", reason="the endpoint needs pip install 
 
 from tests.app.asking import png
 from tests.serving.endpoint import local, served
+from tests.serving.scripted import Scripted
 from tests.tiny_folders import build_folder
 
 
@@ -43,3 +44,9 @@ def url(folder: Path, files: Path) -> Iterator[str]:
     """An endpoint that anybody may ask."""
     with served(local(folder), files=files) as (address, _):
         yield address
+
+
+@pytest.fixture
+def backend() -> Scripted:
+    """One that says what a test tells it."""
+    return Scripted()

@@ -1,4 +1,4 @@
-"""Requests that end halfway: where the server is told to end at once, and where a client leaves."""
+"""Health, and the end: of a server that is told to, and of requests halfway."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import http.client
 import json
 import threading
+from collections.abc import Iterator
 from queue import Queue
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from itprune.serving import server
@@ -17,14 +19,16 @@ from itprune.serving.course import Course, Gate, Gone
 from itprune.serving.metrics import Metrics
 from itprune.serving.openai_errors import ApiError
 from itprune.serving.replies import Reply
-from tests.serving.endpoint import CHAT, WAIT, limited, refusal, served
+from tests.serving.endpoint import CHAT, WAIT, body, limited, refusal, served
 from tests.serving.scripted import Scripted, ScriptedStream, said
-from tests.serving.test_server_limits import Asking, told_to_end
+from tests.serving.under_way import Asking, figure, open_stream, stream_of, told_to_end
 
 
 @pytest.fixture
-def backend() -> Scripted:
-    return Scripted()
+def url(backend: Scripted) -> Iterator[str]:
+    with served(backend) as (address, _):
+        yield address
+    assert backend.went == ["started", "closed"]
 
 
 def test_what_was_not_taken_in_is_cut_too(backend: Scripted) -> None:
@@ -85,3 +89,62 @@ def test_who_leaves_with_the_first_token_gets_a_quiet_end(backend: Scripted) -> 
 
     (told,) = asyncio.run(read())
     assert '"one"' in told
+
+
+def test_health_tells_what_is_wrong(url: str, backend: Scripted) -> None:
+    backend.sick = "no server is left"
+    assert refusal(httpx.get(f"{url}/health"), 503)["message"] == "no server is left"
+    backend.sick = ""
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_gauges_of_the_backend_are_metrics(url: str) -> None:
+    assert figure(url, "itprune_waiting") == 3
+    assert figure(url, 'itprune_upstream_alive{upstream="a"}') == 1
+    assert figure(url, 'itprune_upstream_alive{upstream="b"}') == 0
+
+
+def until_closed(url: str) -> None:
+    for _ in range(10_000):
+        if httpx.get(f"{url}/health").status_code == 503:
+            return
+    raise AssertionError("the gate stays open")
+
+
+def test_what_is_under_way_is_finished_before_the_end(backend: Scripted) -> None:
+    with served(backend) as (url, process):
+        whole, streamed = Asking(url), open_stream(url)
+        streams = [stream_of(backend), stream_of(backend)]
+        for stream in streams:
+            backend.tell(stream, said("one "))
+        told_to_end(process)
+        until_closed(url)
+        assert "stopping" in refusal(httpx.get(f"{url}/health"), 503)["message"]
+        refused = httpx.post(f"{url}{CHAT}", json=body())
+        assert "stopping" in refusal(refused, 503)["message"]
+        assert "retry-after" in refused.headers
+        for stream in streams:
+            backend.tell(stream, said("two", "stop"))
+        message = whole.answer().json()["choices"][0]["message"]
+        assert message["content"] == "one two"
+        text = streamed.getresponse().read().decode()
+        assert '"two"' in text
+        assert text.endswith("data: [DONE]\n\n")
+    assert backend.went == ["started", "closed"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_does_not_end_in_time_is_cut(backend: Scripted, twice: bool) -> None:
+    limits = limited(drain_seconds=100.0 if twice else 0.2)
+    with served(backend, limits) as (url, process):
+        whole, streamed = Asking(url), open_stream(url)
+        backend.tell(stream_of(backend), said("one"))
+        backend.tell(stream_of(backend), said("one"))
+        response = streamed.getresponse()
+        told_to_end(process)
+        if twice:
+            told_to_end(process)
+        assert "stopping" in refusal(whole.answer(), 503)["message"]
+        last = json.loads(response.read().decode().strip().rpartition("data: ")[2])
+        assert "stopping" in last["error"]["message"]
+    assert backend.went == ["started", "closed"]
