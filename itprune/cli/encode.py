@@ -14,7 +14,7 @@ from pathlib import Path
 from itprune.cli.infer import add_file_options, check_file_options
 from itprune.cli.loading import add_model_options, check_least
 from itprune.cli.sampling import decoding
-from itprune.cli.upstream import add_upstream_options, load_encoder, make_upstream
+from itprune.cli.upstream import add_upstream_options, load_encoder, make_upstream, settings
 
 EXAMPLES = """\
 examples:
@@ -104,7 +104,7 @@ def _answer(args: argparse.Namespace) -> int:
     from itprune.cli.question_lines import QuestionLines
 
     draw = decoding(args)
-    source = QuestionLines.from_options(args, draw)
+    source = QuestionLines.from_options(args, draw, settings(args))
     with AnswerFile.open(args.output, source.path, args.retry) as output:
         left = list(output.left_over(source))
         if left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from itprune.cli import secrets
 from itprune.cli.loading import DTYPES, dtype_of, load, one_sentence
@@ -64,6 +64,11 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
     dtype = None if args.rows_dtype is None else dtype_of(args.rows_dtype)
     with one_sentence(Path(args.model)):
         return Encoder(loaded, same_count=args.same_count, dtype=dtype)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the options changes answers."""
+    return {name: vars(args)[name] for name in ("wire", "same_count", "rows_dtype")}
 
 
 def make_upstream(

@@ -16,7 +16,8 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 import httpx
 from safetensors.torch import load_file
 
-from itprune.cli import encode, serve
+from itprune.cli import encode, infer, serve
+from itprune.cli.question_lines import Line
 from itprune.cli.upstream import KEY, read_key
 from itprune.question import Question
 from itprune.serving.balance import read_urls
@@ -128,6 +129,11 @@ def test_folder_holds_rows_records_and_what_went_wrong(
     assert "1 line(s) could not be encoded: 4" in told
 
 
+def test_a_line_of_brackets_without_end_is_one_bad_line() -> None:
+    with pytest.raises(ValueError, match="not a question"):
+        Line(1, b"[" * 100_000, "").record()
+
+
 # ------------------------------------------------------------------------------------ answers
 def test_lines_are_answered(
     servers: Servers, folder: Path, lines: Path, own: Reference, tmp_path: Path
@@ -141,6 +147,24 @@ def test_lines_are_answered(
     assert [record.get("answer") for record in records] == [*own_answers(own), None]
     assert run(*given, "--output", output, "--upstream", "http://127.0.0.1:1") == 0  # all done
     assert read_lines(output) == records
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--wire", "images"), ("--same-count", 3), ("--rows-dtype", "bfloat16")],
+    ids=lambda words: words[0],
+)
+def test_answers_of_other_settings_are_not_gone_on_with(
+    servers: Servers, folder: Path, lines: Path, tmp_path: Path, words: tuple[Any, ...]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--max-new-tokens", 2, "--output", output)
+    upstream = ("--upstream", servers.start().url)
+    assert run(*given, *upstream) == 0
+    with pytest.raises(ValueError, match="other settings"):
+        run(*given, *upstream, *words)
+    with pytest.raises(ValueError, match="other settings"):
+        infer.run(options(infer, "infer", "--quiet", *given))
 
 
 def test_a_line_that_takes_too_long_is_an_error(
