@@ -72,7 +72,10 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_upstream(
-    args: argparse.Namespace, name: str, offered: Sequence[str] | None = ()
+    args: argparse.Namespace,
+    name: str,
+    offered: Sequence[str] | None = (),
+    **more: float,
 ) -> UpstreamBackend:
     """What answers with the servers of --upstream.
 
@@ -80,6 +83,7 @@ def make_upstream(
         args: the options.
         name: what clients call the model.
         offered: further methods that may be asked for; None: all that fit.
+        more: times of `UpstreamBackend`.
 
     Raises:
         ValueError: in one sentence.
@@ -90,7 +94,7 @@ def make_upstream(
 
     urls, key = read_urls(args.upstream or ""), read_key(args.upstream_key_file)
     encoder = load_encoder(args)
-    return UpstreamBackend(encoder, KINDS[args.wire](encoder), urls, name, offered, key)
+    return UpstreamBackend(encoder, KINDS[args.wire](encoder), urls, name, offered, key, **more)
 
 
 def read_key(file: Path | None) -> str:

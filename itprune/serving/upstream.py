@@ -94,6 +94,7 @@ class UpstreamBackend:
         beat: seconds between two looks at a server.
         patience: seconds to wait for a server where none answers.
         look_seconds: that a look may take; three in a row that take longer mean that it is dead.
+        busy_patience: seconds to wait for one that takes more where all are busy.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class UpstreamBackend:
         beat: float = BEAT,
         patience: float = PATIENCE,
         look_seconds: float = LOOK_SECONDS,
+        busy_patience: float = 0.0,
     ) -> None:
-        self.encoder, self.wire, self.patience = encoder, wire, patience
+        self.encoder, self.wire = encoder, wire
+        self.patience, self.busy_patience = patience, busy_patience
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -175,7 +178,7 @@ class UpstreamBackend:
 
         Raises:
             ValueError: what is wrong with the request.
-            Unavailable: no server answers.
+            Broken: the encoder failed on it.
         """
         self.encoder.check(request.method, request.keep)
         question = as_texts(request.question, self.encoder.answerer.reserved)
@@ -226,7 +229,10 @@ class UpstreamBackend:
         """
         if isinstance(error, Busy):
             if set(self.balancer.alive) <= set(met):
-                raise Unavailable(ALL_BUSY) from None
+                if answer.waited >= self.busy_patience:
+                    raise Unavailable(ALL_BUSY) from None
+                answer.waited += self.balancer.beat
+                await asyncio.sleep(self.balancer.beat)
         elif isinstance(error, Diverged):
             answer.behind_text = True
         else:
@@ -235,9 +241,7 @@ class UpstreamBackend:
             answer.deaths += not isinstance(error, Unreached)
             if answer.deaths >= DEATHS:
                 raise Broken(CUT) from None
-            if upstream.alive and set(self.balancer.alive) <= set(
-                met
-            ):  # so it would be asked again
+            if upstream.alive and set(self.balancer.alive) <= set(met):  # it would be asked again
                 await asyncio.sleep(self.balancer.beat)
 
 
@@ -259,6 +263,8 @@ class Answering:
         """The next server is to go on behind the text, not to begin anew."""
         self.deaths = 0
         """Servers that ended, or failed, at work on it."""
+        self.waited = 0.0
+        """Seconds, for servers that were busy."""
         self.room = min(request.max_new_tokens, backend._context - rows.tokens_kept)
 
     async def on(self, upstream: Upstream) -> AsyncGenerator[Piece]:
@@ -313,12 +319,13 @@ class Answering:
             text += self.said.add(token)
             if self.said.ended:
                 return [self._piece(text + self.said.rest(), "stop")]
+        finish = finish or self._finished()  # whatever a server does, an answer ends
         if finish is not None:
             return [self._piece(text + self.said.rest(), finish)]
         return [self._piece(text, None)] if ids else []
 
     def _finished(self) -> str | None:
-        """How an answer ends whose server died behind its last token."""
+        """How an answer ends that has its last token, where no server says so."""
         ids = self.said.ids
         if ids and ids[-1] in self._stops:
             return "stop"

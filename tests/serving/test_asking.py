@@ -10,6 +10,7 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 
 import httpx
 
+from itprune.serving import asking
 from itprune.serving.asking import Asker, Busy, Refused, Said
 from itprune.serving.backend import Broken
 from itprune.serving.balance import Gone, Upstream
@@ -70,6 +71,13 @@ def test_half_an_event_is_none(cut: int) -> None:
 def test_what_is_no_event_ends_the_answer(data: str) -> None:
     with pytest.raises(Broken, match="dialect"):
         heard(f"{FIRST}data: {data}\n\n{LAST}")
+
+
+@pytest.mark.parametrize("more", ["x" * 300, "data: x\n" * 200], ids=["line", "event"])
+def test_what_never_ends_is_not_read_for_ever(more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "LARGEST", 100)
+    with pytest.raises(Broken, match="dialect"):
+        heard(f"{FIRST}data: {more}")
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,32 @@ def test_a_line_that_takes_too_long_is_an_error(
     assert told[:3] == ["no answer within 0.5 seconds"] * 3
 
 
+def test_lines_wait_for_busy_servers_and_are_left_where_it_is_of_no_use(
+    servers: Servers, folder: Path, lines: Path, own: Reference, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--keep", KEEP, "--max-new-tokens", 12)
+    given += ("--output", output)
+    busy = servers.start(status=429)
+    with pytest.raises(ValueError, match=r"busy; .* the same command goes on"):
+        run(*given, "--upstream", busy.url, "--max-seconds", 2)
+    assert [record["line"] for record in read_lines(output)] == [4]  # the bad one
+    relieved = servers.start(busy=6)
+    assert run(*given, "--upstream", relieved.url) == 0
+    assert [record.get("answer") for record in read_lines(output)] == [*own_answers(own), None]
+
+
+def test_lines_are_left_where_the_last_server_dies(
+    servers: Servers, folder: Path, lines: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--max-new-tokens", 12, "--output", output)
+    server = servers.start(die=2)
+    with pytest.raises(ValueError, match=r"no server .* the same command goes on"):
+        run(*given, "--upstream", server.url, "--max-seconds", 4, "--concurrency", 4)
+    assert [record["line"] for record in read_lines(output)] == [4]
+
+
 def test_no_server_is_one_sentence(folder: Path, lines: Path, tmp_path: Path) -> None:
     given = ("--model", folder, "--jsonl", lines, "--output", tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="--upstream: no server behind this one answers"):
@@ -245,7 +271,18 @@ def test_addresses_are_read_with_and_without_v1() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " , ", "a:8000", "ftp://a", "http://", "http://a:x", "http://a/b", "http://a?b=1"]
+    "text",
+    [
+        "",
+        " , ",
+        "a:8000",
+        "ftp://a",
+        "http://",
+        "http://a:x",
+        "http://a/b",
+        "http://a?b=1",
+        "http://a b",
+    ],
 )
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="--upstream: "):
