@@ -16,7 +16,6 @@ from contextlib import aclosing
 
 import httpx
 
-from itprune.answer import TooLong
 from itprune.serving.asking import Asker, Busy, Refused
 from itprune.serving.asking import Said as Event
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
@@ -146,7 +145,7 @@ class UpstreamBackend:
     @property
     def _context(self) -> int:
         """Tokens that every server known takes."""
-        own: int = self.encoder.answerer.text_config.max_position_embeddings
+        own = self.encoder.context
         return min([own, *(u.context for u in self.balancer.upstreams if u.context is not None)])
 
     async def start(self) -> None:
@@ -183,18 +182,14 @@ class UpstreamBackend:
         self.encoder.check(request.method, request.keep)
         question = as_texts(request.question, self.encoder.answerer.reserved)
         rows = await self._line.encode(question, request.method, request.keep)
-        if rows.tokens_kept >= self._context:
-            raise TooLong(
-                f"the prompt has {rows.tokens_kept} tokens that stay, but the context of the model "
-                f"holds {self._context}; shorten it, use fewer images or keep less of them"
-            )
-        stream = UpstreamStream(self._pieces(request, rows))
+        room = min(request.max_new_tokens, rows.room(self._context))
+        stream = UpstreamStream(self._pieces(request, rows, room))
         self._streams.add(stream)
         stream.whenever_done(self._streams.discard)
         return stream
 
-    async def _pieces(self, request: Request, rows: Rows) -> AsyncGenerator[Piece]:
-        answer = Answering(self, request, rows)
+    async def _pieces(self, request: Request, rows: Rows, room: int) -> AsyncGenerator[Piece]:
+        answer = Answering(self, request, rows, room)
         met: list[Upstream] = []
         while True:
             async with self.balancer.lend(met, self.patience) as upstream:
@@ -252,10 +247,11 @@ class Answering:
         backend: asks.
         request: what for.
         rows: its question.
+        room: tokens it may have.
     """
 
-    def __init__(self, backend: UpstreamBackend, request: Request, rows: Rows) -> None:
-        self._backend, self._request, self._rows = backend, request, rows
+    def __init__(self, backend: UpstreamBackend, request: Request, rows: Rows, room: int) -> None:
+        self._backend, self._request, self._rows, self.room = backend, request, rows, room
         answerer = backend.encoder.answerer
         self.said = Said(answerer.processor.tokenizer, request.stop)
         self._stops = answerer.stops
@@ -265,7 +261,6 @@ class Answering:
         """Servers that ended, or failed, at work on it."""
         self.waited = 0.0
         """Seconds, for servers that were busy."""
-        self.room = min(request.max_new_tokens, backend._context - rows.tokens_kept)
 
     async def on(self, upstream: Upstream) -> AsyncGenerator[Piece]:
         """Goes on with the answer on a server.

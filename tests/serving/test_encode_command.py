@@ -129,6 +129,18 @@ def test_folder_holds_rows_records_and_what_went_wrong(
     assert "1 line(s) could not be encoded: 4" in told
 
 
+def test_answers_are_asked_for_as_far_as_the_context_goes(folder: Path, tmp_path: Path) -> None:
+    """vLLM refuses a request whose prompt and answer do not fit together."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    texts = ("word " * 95, "word " * 3000)
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert run("--model", folder, "--jsonl", source, "--folder", output) == 0
+    (request,) = read_lines(output / "requests.jsonl")
+    fits, too_long = read_lines(output / "lines.jsonl")
+    assert request["body"]["max_tokens"] == 512 - fits["tokens_kept"] < 128
+    assert "the context of the model holds 512" in too_long["error"]
+
+
 def test_a_line_of_brackets_without_end_is_one_bad_line() -> None:
     with pytest.raises(ValueError, match="not a question"):
         Line(1, b"[" * 100_000, "").record()
