@@ -36,7 +36,7 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class Event:
     """What came in one event."""
 
     ids: Sequence[int]
@@ -55,7 +55,7 @@ class Asker:
 
     async def __call__(
         self, upstream: Upstream, path: str, body: Mapping[str, Any]
-    ) -> AsyncGenerator[Said]:
+    ) -> AsyncGenerator[Event]:
         """Streams one answer.
 
         Args:
@@ -82,7 +82,7 @@ class Asker:
                 await self._refuse(upstream, response)
             async with aclosing(_events(upstream, response)) as events:
                 async for event in events:
-                    yield _said(upstream, event)
+                    yield _read(upstream, event)
         finally:
             await response.aclose()
 
@@ -133,7 +133,7 @@ async def _lines(upstream: Upstream, response: httpx.Response) -> AsyncGenerator
             raise Broken(UNLIKE)
 
 
-def _said(upstream: Upstream, event: Any) -> Said:
+def _read(upstream: Upstream, event: Any) -> Event:
     try:
         if "error" in event:
             error = event["error"]
@@ -150,7 +150,7 @@ def _said(upstream: Upstream, event: Any) -> Said:
         raise Broken(UNLIKE) from None
     if finish not in (None, *FINISH):  # abort, error: it gave the request up
         raise Gone(f"it ended an answer with {finish}")
-    return Said(found, finish)
+    return Event(found, finish)
 
 
 def refusal(upstream: Upstream, status: int, message: str) -> Exception:

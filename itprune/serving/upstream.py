@@ -16,8 +16,7 @@ from contextlib import aclosing
 
 import httpx
 
-from itprune.serving.asking import Asker, Busy, Refused
-from itprune.serving.asking import Said as Event
+from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
 from itprune.serving.balance import BEAT, LOOK_SECONDS, Balancer, Gone, Unreached, Upstream
 from itprune.serving.encode import Encoder, Rows

@@ -11,7 +11,7 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 import httpx
 
 from itprune.serving import asking
-from itprune.serving.asking import Asker, Busy, Refused, Said
+from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken
 from itprune.serving.balance import Gone, Upstream
 
@@ -19,7 +19,7 @@ FIRST = 'data: {"choices": [{"token_ids": [5], "finish_reason": null}]}\n\n'
 LAST = 'data: {"choices": [{"token_ids": [6], "finish_reason": "stop"}]}\n\n'
 
 
-def heard(text: str) -> list[Said]:
+def heard(text: str) -> list[Event]:
     """What is made of a stream."""
     found = []
 
@@ -39,7 +39,7 @@ def heard(text: str) -> list[Said]:
     "end", [LAST, LAST.replace("\n", "\r\n"), f": a comment\n\n{LAST}", LAST * 2]
 )
 def test_events(end: str) -> None:
-    assert heard(FIRST + end)[:2] == [Said([5], None), Said([6], "stop")]
+    assert heard(FIRST + end)[:2] == [Event([5], None), Event([6], "stop")]
 
 
 def test_what_stands_behind_the_end_is_not_read() -> None:
@@ -49,7 +49,7 @@ def test_what_stands_behind_the_end_is_not_read() -> None:
 @pytest.mark.parametrize("cut", range(1, len(LAST) - 1, 7))
 def test_half_an_event_is_none(cut: int) -> None:
     """A proxy may end the stream of a server that died as if all were well."""
-    assert heard(FIRST + LAST[:cut]) == [Said([5], None)]
+    assert heard(FIRST + LAST[:cut]) == [Event([5], None)]
 
 
 @pytest.mark.parametrize(
