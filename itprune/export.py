@@ -50,6 +50,21 @@ RECIPE_FILE = "recipe.yaml"
 GENERATION_FILE = "generation_config.json"
 
 
+def check_reader(folder: Path, to: str) -> None:
+    """Refuses a family that a reader is not known to read, before gigabytes are.
+
+    Args:
+        folder: any checkpoint of ours, or an ordinary model folder.
+        to: one of `READERS`.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if to == VLLM:
+        whole = base_folder(folder) if (folder / ADAPTER_FILE).exists() else folder
+        check_type(AutoConfig.from_pretrained(whole).model_type)
+
+
 def read_model(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -122,9 +137,6 @@ def write_model(
         ValueError: what was written is not what is in memory, or a family that this reader is not
             known to read.
     """
-    model_type = model.config.model_type
-    if to == VLLM:
-        check_type(model_type)
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
@@ -135,7 +147,7 @@ def write_model(
         if parts and not (folder / PRUNER_WEIGHTS).exists():
             save_file({k: v.contiguous() for k, v in parts.items()}, folder / PRUNER_WEIGHTS)
     if to == VLLM:
-        rename(folder, model_type)
+        rename(folder, model.config.model_type)
     _check(folder, model)
 
 

@@ -1,4 +1,8 @@
-"""Lines answered by servers elsewhere, several at a time. A bad line costs the others nothing."""
+"""Lines answered by servers elsewhere, several at a time. A bad line costs the others nothing.
+
+Lines that no server takes are not bad: they wait, and where that is of no use the run ends, and the
+next one begins with them.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +42,14 @@ class AskedLines:
     ) -> None:
         self._backend, self._source, self._draw = backend, source, draw
         self._write, self._bar, self._seconds = write, bar, seconds
+        self._end = ""
+        """Why no line can be answered any more; empty: they can."""
 
     async def __call__(self, lines: Sequence[Line], concurrency: int) -> None:
         """Answers lines, and writes each record when it is there.
 
         Raises:
-            ValueError: no server answers at the start.
+            ValueError: no server answers at the start, or none does any longer.
         """
         await self._backend.start()
         try:
@@ -51,6 +57,11 @@ class AskedLines:
                 raise ValueError(f"--upstream: {trouble}")
             left = iter(lines)
             await asyncio.gather(*(self._work(left) for _ in range(concurrency)))
+            if self._end:
+                raise ValueError(
+                    f"--upstream: {self._end}; the same command goes on with the lines that are "
+                    "left"
+                )
         finally:
             await self._backend.close()
 
@@ -61,11 +72,19 @@ class AskedLines:
                 async with asyncio.timeout(self._seconds):
                     await self._ask(line, record)
             except TimeoutError:
+                if trouble := self._backend.trouble():
+                    self._end = trouble
+                    return
                 self._blame(record, f"no answer within {self._seconds:g} seconds")
-            except (ValueError, Unavailable, Broken) as error:
+            except Unavailable as error:
+                self._end = str(error)
+                return
+            except (ValueError, Broken) as error:
                 self._blame(record, str(error))
             self._write(record)
             self._bar.update()
+            if self._end:
+                return
 
     def _blame(self, record: dict[str, Any], sentence: str) -> None:
         record["error"] = sentence

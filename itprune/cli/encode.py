@@ -14,7 +14,7 @@ from pathlib import Path
 from itprune.cli.infer import add_file_options, check_file_options
 from itprune.cli.loading import add_model_options, check_least
 from itprune.cli.sampling import decoding
-from itprune.cli.upstream import add_upstream_options, load_encoder, make_upstream
+from itprune.cli.upstream import add_upstream_options, load_encoder, make_upstream, settings
 
 EXAMPLES = """\
 examples:
@@ -47,7 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--concurrency", type=int, default=32, metavar="N", help="lines under way; default 32"
     )
     parser.add_argument(
-        "--max-seconds", type=float, default=600.0, metavar="S", help="of a line; default 600"
+        "--max-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="of a line, up to half of them spent on waiting for a server; default 600",
     )
     add_upstream_options(parser)
     parser.set_defaults(run=run)
@@ -104,11 +108,14 @@ def _answer(args: argparse.Namespace) -> int:
     from itprune.cli.question_lines import QuestionLines
 
     draw = decoding(args)
-    source = QuestionLines.from_options(args, draw)
+    source = QuestionLines.from_options(args, draw, settings(args))
     with AnswerFile.open(args.output, source.path, args.retry) as output:
         left = list(output.left_over(source))
         if left:
-            backend = make_upstream(args, Path(args.model).resolve().name)
+            wait = args.max_seconds / 2  # the other half is for the answer
+            backend = make_upstream(
+                args, Path(args.model).resolve().name, patience=wait, busy_patience=wait
+            )
             with progress(source.count(), len(output.done), args.quiet) as bar:
                 asked = AskedLines(backend, source, draw, output.write, bar, args.max_seconds)
                 asyncio.run(asked(left, args.concurrency))

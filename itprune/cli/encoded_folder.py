@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,28 +73,32 @@ class EncodedFolder:
             read = [_read(encoder, source, line) for line in group]
             found = iter(encoder.each([one for one in read if isinstance(one, Prepared)]))
             for line, one in zip(group, read, strict=True):
-                self._note(line, next(found) if isinstance(one, Prepared) else one, bar)
+                rows = next(found) if isinstance(one, Prepared) else one
+                self._note(line, rows, encoder.context, bar)
                 bar.update()
 
-    def _note(self, line: Line, rows: Rows | ValueError, bar: tqdm[Any]) -> None:
+    def _note(self, line: Line, rows: Rows | ValueError, context: int, bar: tqdm[Any]) -> None:
         record: dict[str, Any] = {"line": line.number}
         name = _id(line)
         if name is not None:
             record["id"] = name
-        if isinstance(rows, ValueError):
-            record["error"] = str(rows)
-            self.failed.append(line.number)
-            bar.write(f"line {line.number}: {rows}", file=sys.stderr)
-        else:
-            record.update(self._save(line.number, rows))
+        try:
+            if isinstance(rows, ValueError):
+                raise rows
+            record.update(self._save(line.number, rows, rows.room(context)))
             self.written += 1
+        except ValueError as error:
+            record["error"] = str(error)
+            self.failed.append(line.number)
+            bar.write(f"line {line.number}: {error}", file=sys.stderr)
         self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _save(self, number: int, rows: Rows) -> dict[str, Any]:
+    def _save(self, number: int, rows: Rows, room: int) -> dict[str, Any]:
         file = f"{ROWS}/{number:06d}.safetensors"
         images = {f"image_{i}": one.clone() for i, one in enumerate(rows.each())}
         save_file({"ids": rows.ids.clone(), **images}, self._folder / file)
-        body = {**self._wire.ask(rows), **self._draw.to_body(), "model": self._name}
+        draw = replace(self._draw, max_tokens=min(self._draw.max_tokens, room))
+        body = {**self._wire.ask(rows), **draw.to_body(), "model": self._name}
         request = {
             "custom_id": f"line-{number}",
             "method": "POST",

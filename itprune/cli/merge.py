@@ -71,7 +71,7 @@ def write_whole(
 
         from itprune.card import CARD_FILE, base_of, history_of, write_card
         from itprune.checkpoint import PRUNER_FILE
-        from itprune.export import VLLM, read_model, write_model
+        from itprune.export import VLLM, check_reader, read_model, write_model
         from itprune.inputs import load_processor
         from itprune.vllm.folder import serving_section
 
@@ -79,6 +79,7 @@ def write_whole(
         logging.set_verbosity_error()
         with one_sentence(folder):
             processor = load_processor(folder)  # first: what it lacks is known before gigabytes
+            check_reader(folder, to)
             model, parts = read_model(folder, None if dtype is None else dtype_of(dtype))
         source = None if dense else folder
         write_model(partial, model, processor, source, parts, max_shard_size, to)

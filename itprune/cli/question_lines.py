@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Line:
             raise ValueError("not UTF-8 text") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+        except RecursionError:
+            raise ValueError("not a question (brackets within brackets without end)") from None
 
 
 class QuestionLines:
@@ -62,8 +64,19 @@ class QuestionLines:
             _check_file(path)
 
     @classmethod
-    def from_options(cls, args: argparse.Namespace, decoding: Decoding) -> QuestionLines:
-        """From the options of `itprune infer`."""
+    def from_options(
+        cls,
+        args: argparse.Namespace,
+        decoding: Decoding,
+        more: Mapping[str, Any] | None = None,
+    ) -> QuestionLines:
+        """From the options of `itprune infer`.
+
+        Args:
+            args: the options.
+            decoding: how answers are drawn.
+            more: what else changes answers.
+        """
         path = None if args.jsonl == STDIN else Path(args.jsonl)
         folder = Path() if path is None else path.parent
         pruner = Path(args.model) / PRUNER_FILE
@@ -74,6 +87,7 @@ class QuestionLines:
             "method": args.method,
             "dtype": args.dtype,
             **decoding.to_dict(),
+            **(more or {}),
         }
         root = folder if args.image_root is None else Path(args.image_root)
         if not root.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from itprune.cli import secrets
 from itprune.cli.loading import DTYPES, dtype_of, load, one_sentence
@@ -66,8 +66,16 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         return Encoder(loaded, same_count=args.same_count, dtype=dtype)
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the options changes answers."""
+    return {name: vars(args)[name] for name in ("wire", "same_count", "rows_dtype")}
+
+
 def make_upstream(
-    args: argparse.Namespace, name: str, offered: Sequence[str] | None = ()
+    args: argparse.Namespace,
+    name: str,
+    offered: Sequence[str] | None = (),
+    **more: float,
 ) -> UpstreamBackend:
     """What answers with the servers of --upstream.
 
@@ -75,6 +83,7 @@ def make_upstream(
         args: the options.
         name: what clients call the model.
         offered: further methods that may be asked for; None: all that fit.
+        more: times of `UpstreamBackend`.
 
     Raises:
         ValueError: in one sentence.
@@ -85,7 +94,7 @@ def make_upstream(
 
     urls, key = read_urls(args.upstream or ""), read_key(args.upstream_key_file)
     encoder = load_encoder(args)
-    return UpstreamBackend(encoder, KINDS[args.wire](encoder), urls, name, offered, key)
+    return UpstreamBackend(encoder, KINDS[args.wire](encoder), urls, name, offered, key, **more)
 
 
 def read_key(file: Path | None) -> str:

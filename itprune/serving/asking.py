@@ -18,10 +18,13 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 65_536
 """Bytes of a refusal that are read."""
+LARGEST = 1 << 24
+"""Bytes of an event: the first may hold the numbers of a prompt's tokens."""
 KEY = "the servers behind this one do not accept its key"
 UNLIKE = "the servers behind this one do not speak vLLM's dialect; its log says more"
 FLAGS = ("--enable-prompt-embeds", "--enable-mm-embeds")
 FINISH = ("stop", "length")
+BUSY = (429, 503)
 
 
 class Busy(Exception):
@@ -33,7 +36,7 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class Event:
     """What came in one event."""
 
     ids: Sequence[int]
@@ -52,7 +55,7 @@ class Asker:
 
     async def __call__(
         self, upstream: Upstream, path: str, body: Mapping[str, Any]
-    ) -> AsyncGenerator[Said]:
+    ) -> AsyncGenerator[Event]:
         """Streams one answer.
 
         Args:
@@ -79,7 +82,7 @@ class Asker:
                 await self._refuse(upstream, response)
             async with aclosing(_events(upstream, response)) as events:
                 async for event in events:
-                    yield _said(upstream, event)
+                    yield _read(upstream, event)
         finally:
             await response.aclose()
 
@@ -98,13 +101,16 @@ class Asker:
 async def _events(upstream: Upstream, response: httpx.Response) -> AsyncGenerator[Any]:
     """The JSON of server-sent events, up to the last. One without its empty line was cut, and is
     none."""
-    lines, data = response.aiter_lines(), ""
-    while (line := await upstream.unless_gone(anext(lines, None))) is not None:
-        if line.startswith("data:"):
-            data += line.removeprefix("data:").strip()
+    data = b""
+    async for line in _lines(upstream, response):
+        if line.startswith(b"data:"):
+            data += line.removeprefix(b"data:").strip()
+            if len(data) > LARGEST:
+                logger.error("%s sent an event without end", upstream.url)
+                raise Broken(UNLIKE)
         if line or not data:
             continue
-        if data == "[DONE]":
+        if data == b"[DONE]":
             return
         try:
             found = json.loads(data)
@@ -112,10 +118,22 @@ async def _events(upstream: Upstream, response: httpx.Response) -> AsyncGenerato
             logger.error("%s sent what is no JSON", upstream.url)
             raise Broken(UNLIKE) from None
         yield found
-        data = ""
+        data = b""
 
 
-def _said(upstream: Upstream, event: Any) -> Said:
+async def _lines(upstream: Upstream, response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Lines that have ended, without their ends."""
+    pieces, left = response.aiter_bytes(), b""
+    while piece := await upstream.unless_gone(anext(pieces, b"")):
+        *lines, left = (left + piece).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+        if len(left) > LARGEST:
+            logger.error("%s sent a line without end", upstream.url)
+            raise Broken(UNLIKE)
+
+
+def _read(upstream: Upstream, event: Any) -> Event:
     try:
         if "error" in event:
             error = event["error"]
@@ -132,7 +150,7 @@ def _said(upstream: Upstream, event: Any) -> Said:
         raise Broken(UNLIKE) from None
     if finish not in (None, *FINISH):  # abort, error: it gave the request up
         raise Gone(f"it ended an answer with {finish}")
-    return Said(found, finish)
+    return Event(found, finish)
 
 
 def refusal(upstream: Upstream, status: int, message: str) -> Exception:
@@ -144,7 +162,8 @@ def refusal(upstream: Upstream, status: int, message: str) -> Exception:
         message: its own words; they go to the log, and to the client where they are about the
             request.
     """
-    logger.warning("%s refused a request with %s: %s", upstream.url, status, message)
+    level = logging.INFO if status in BUSY else logging.WARNING  # the busy are asked again
+    logger.log(level, "%s refused a request with %s: %s", upstream.url, status, message)
     missing = next((flag for flag in FLAGS if flag in message), None)
     if missing is not None:
         return Broken(f"the servers behind this one were not started with {missing}")
@@ -152,7 +171,7 @@ def refusal(upstream: Upstream, status: int, message: str) -> Exception:
         return Broken(KEY)
     if status < 400 or status in (404, 405):
         return Broken(UNLIKE)
-    if status in (429, 503):
+    if status in BUSY:
         return Busy()
     if status < 500:
         words = " ".join(message.split()).partition(". ")[0].rstrip(".")

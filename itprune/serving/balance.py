@@ -25,6 +25,8 @@ LOOK_SECONDS = 5.0
 """Seconds a look may take."""
 MISSES = 3
 """Looks in a row without an answer in time that make a server a dead one."""
+MODELS = dict.fromkeys((401, 403), "it does not accept the key")
+"""What a status of /v1/models stands for."""
 
 
 class Gone(Exception):
@@ -43,6 +45,7 @@ class Upstream:
         model: what it calls its model; empty: not known yet.
         context: tokens it takes; None: not known yet.
         alive: whether it answered lately.
+        why: it is left out, where that was said; else empty.
         under_way: requests it is at work on.
         served: requests it was given so far.
     """
@@ -52,6 +55,7 @@ class Upstream:
         self.model = ""
         self.context: int | None = None
         self.alive = False
+        self.why = ""
         self.under_way = 0
         self.served = 0
         self.misses = 0
@@ -172,12 +176,15 @@ class Balancer:
         try:
             async with asyncio.timeout(self.look_seconds):
                 answer = await self._client.get(f"{upstream.url}/health")
-                if answer.status_code == 200 and not upstream.alive:
+                if answer.status_code == 200:  # another may answer at this address since
                     await self._introduce(upstream)
         except (TimeoutError, httpx.TimeoutException):  # busy, or stuck
             upstream.misses += 1
             if upstream.misses >= MISSES:
                 self._bury(upstream, "it does not answer in time")
+            return
+        except httpx.HTTPStatusError as error:
+            self._bury(upstream, MODELS.get(error.response.status_code, "it names no model"))
             return
         except Exception as error:  # noqa: BLE001  # whatever it says, it is looked at again
             self._bury(upstream, type(error).__name__)
@@ -187,7 +194,7 @@ class Balancer:
             return
         upstream.misses = 0
         if not upstream.alive:
-            upstream.alive = True
+            upstream.alive, upstream.why = True, ""
             logger.info("%s answers, and serves %s", upstream.url, upstream.model)
             async with self._change:
                 self._change.notify_all()
@@ -203,8 +210,9 @@ class Balancer:
             raise ValueError("a context that holds nothing")
 
     def _bury(self, upstream: Upstream, why: str) -> None:
-        if upstream.alive:
-            logger.warning("%s is left out until it answers again: %s", upstream.url, why)
+        if upstream.why != why:  # not at every look
+            logger.warning("%s is left out until it answers: %s", upstream.url, why)
+        upstream.why = why
         upstream.bury()
 
     async def doubt(self, upstream: Upstream) -> None:
@@ -235,6 +243,7 @@ def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        fine = fine and url.split() == [url]
     except ValueError:  # a port that is no number
         fine = False
     if not fine or parts.path or parts.query or parts.fragment:

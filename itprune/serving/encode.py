@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itprune.answer import Answerer, Encoded
+from itprune.answer import Answerer, Encoded, TooLong
 from itprune.attach import Attached, attach, check_budgets
 from itprune.checkpoint import Loaded, load_pretrained
 from itprune.config import PruneConfig
@@ -73,6 +73,19 @@ class Rows:
     def visual_kept(self) -> int:
         return len(self.features)
 
+    def room(self, context: int) -> int:
+        """Tokens a context has left for the answer, at least one.
+
+        Raises:
+            TooLong: it has none.
+        """
+        if self.tokens_kept >= context:
+            raise TooLong(
+                f"the prompt has {self.tokens_kept} tokens that stay, but the context of the model "
+                f"holds {context}; shorten it, use fewer images or keep less of them"
+            )
+        return context - self.tokens_kept
+
     def each(self) -> tuple[Tensor, ...]:
         """(n, W) rows of each image."""
         return self.features.split(list(self.images))
@@ -108,6 +121,7 @@ class Encoder:
         self._own = before_llm(own_dress(loaded, same_count, self.family), self.family)
         self.method = self._own.config.method
         self.keep = self._share(same_count) if same_count else self._own.config.final_keep
+        self.context: int = self.answerer.text_config.max_position_embeddings
         self._prompt = PromptFormat.from_processor(loaded.processor)
         self._worn: str | None = None
         self._wear(self.method, self.keep)

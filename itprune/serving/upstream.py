@@ -16,9 +16,7 @@ from contextlib import aclosing
 
 import httpx
 
-from itprune.answer import TooLong
-from itprune.serving.asking import Asker, Busy, Refused
-from itprune.serving.asking import Said as Event
+from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
 from itprune.serving.balance import BEAT, LOOK_SECONDS, Balancer, Gone, Unreached, Upstream
 from itprune.serving.encode import Encoder, Rows
@@ -94,6 +92,7 @@ class UpstreamBackend:
         beat: seconds between two looks at a server.
         patience: seconds to wait for a server where none answers.
         look_seconds: that a look may take; three in a row that take longer mean that it is dead.
+        busy_patience: seconds to wait for one that takes more where all are busy.
     """
 
     def __init__(
@@ -107,8 +106,10 @@ class UpstreamBackend:
         beat: float = BEAT,
         patience: float = PATIENCE,
         look_seconds: float = LOOK_SECONDS,
+        busy_patience: float = 0.0,
     ) -> None:
-        self.encoder, self.wire, self.patience = encoder, wire, patience
+        self.encoder, self.wire = encoder, wire
+        self.patience, self.busy_patience = patience, busy_patience
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -143,7 +144,7 @@ class UpstreamBackend:
     @property
     def _context(self) -> int:
         """Tokens that every server known takes."""
-        own: int = self.encoder.answerer.text_config.max_position_embeddings
+        own = self.encoder.context
         return min([own, *(u.context for u in self.balancer.upstreams if u.context is not None)])
 
     async def start(self) -> None:
@@ -175,23 +176,19 @@ class UpstreamBackend:
 
         Raises:
             ValueError: what is wrong with the request.
-            Unavailable: no server answers.
+            Broken: the encoder failed on it.
         """
         self.encoder.check(request.method, request.keep)
         question = as_texts(request.question, self.encoder.answerer.reserved)
         rows = await self._line.encode(question, request.method, request.keep)
-        if rows.tokens_kept >= self._context:
-            raise TooLong(
-                f"the prompt has {rows.tokens_kept} tokens that stay, but the context of the model "
-                f"holds {self._context}; shorten it, use fewer images or keep less of them"
-            )
-        stream = UpstreamStream(self._pieces(request, rows))
+        room = min(request.max_new_tokens, rows.room(self._context))
+        stream = UpstreamStream(self._pieces(request, rows, room))
         self._streams.add(stream)
         stream.whenever_done(self._streams.discard)
         return stream
 
-    async def _pieces(self, request: Request, rows: Rows) -> AsyncGenerator[Piece]:
-        answer = Answering(self, request, rows)
+    async def _pieces(self, request: Request, rows: Rows, room: int) -> AsyncGenerator[Piece]:
+        answer = Answering(self, request, rows, room)
         met: list[Upstream] = []
         while True:
             async with self.balancer.lend(met, self.patience) as upstream:
@@ -226,7 +223,10 @@ class UpstreamBackend:
         """
         if isinstance(error, Busy):
             if set(self.balancer.alive) <= set(met):
-                raise Unavailable(ALL_BUSY) from None
+                if answer.waited >= self.busy_patience:
+                    raise Unavailable(ALL_BUSY) from None
+                answer.waited += self.balancer.beat
+                await asyncio.sleep(self.balancer.beat)
         elif isinstance(error, Diverged):
             answer.behind_text = True
         else:
@@ -235,9 +235,7 @@ class UpstreamBackend:
             answer.deaths += not isinstance(error, Unreached)
             if answer.deaths >= DEATHS:
                 raise Broken(CUT) from None
-            if upstream.alive and set(self.balancer.alive) <= set(
-                met
-            ):  # so it would be asked again
+            if upstream.alive and set(self.balancer.alive) <= set(met):  # it would be asked again
                 await asyncio.sleep(self.balancer.beat)
 
 
@@ -248,10 +246,11 @@ class Answering:
         backend: asks.
         request: what for.
         rows: its question.
+        room: tokens it may have.
     """
 
-    def __init__(self, backend: UpstreamBackend, request: Request, rows: Rows) -> None:
-        self._backend, self._request, self._rows = backend, request, rows
+    def __init__(self, backend: UpstreamBackend, request: Request, rows: Rows, room: int) -> None:
+        self._backend, self._request, self._rows, self.room = backend, request, rows, room
         answerer = backend.encoder.answerer
         self.said = Said(answerer.processor.tokenizer, request.stop)
         self._stops = answerer.stops
@@ -259,7 +258,8 @@ class Answering:
         """The next server is to go on behind the text, not to begin anew."""
         self.deaths = 0
         """Servers that ended, or failed, at work on it."""
-        self.room = min(request.max_new_tokens, backend._context - rows.tokens_kept)
+        self.waited = 0.0
+        """Seconds, for servers that were busy."""
 
     async def on(self, upstream: Upstream) -> AsyncGenerator[Piece]:
         """Goes on with the answer on a server.
@@ -313,12 +313,13 @@ class Answering:
             text += self.said.add(token)
             if self.said.ended:
                 return [self._piece(text + self.said.rest(), "stop")]
+        finish = finish or self._finished()  # whatever a server does, an answer ends
         if finish is not None:
             return [self._piece(text + self.said.rest(), finish)]
         return [self._piece(text, None)] if ids else []
 
     def _finished(self) -> str | None:
-        """How an answer ends whose server died behind its last token."""
+        """How an answer ends that has its last token, where no server says so."""
         ids = self.said.ids
         if ids and ids[-1] in self._stops:
             return "stop"

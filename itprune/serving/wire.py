@@ -34,7 +34,11 @@ def payload(rows: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Draw:
-    """How an answer is drawn, in vLLM's words."""
+    """How an answer is drawn, in vLLM's words.
+
+    All that can be said is said: for what a request leaves out, a server takes what the model's
+    generation_config.json recommends, such as a repetition_penalty.
+    """
 
     max_tokens: int
     temperature: float
@@ -48,6 +52,10 @@ class Draw:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": self.seed,
             "stop_token_ids": list(self.stop_token_ids),
         }

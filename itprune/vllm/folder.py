@@ -33,8 +33,8 @@ position ids, or see each other in both directions, of which rows tell nothing."
 WHOLE = """\
 ## Serve with vLLM
 
-The weights have the names vLLM looks for (checked with vLLM {version}); so does transformers.
-From the directory that holds this folder, without pruning:
+The weights have the names vLLM looks for (checked with vLLM {version}); transformers reads these,
+too. From the directory that holds this folder, without pruning:
 
 ```bash
 vllm serve {name} --served-model-name {name}

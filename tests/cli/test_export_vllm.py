@@ -106,7 +106,9 @@ def test_every_family_is_known_and_others_are_refused() -> None:
 def test_a_family_nobody_has_loaded_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """Before its weights are read."""
     monkeypatch.setattr("itprune.vllm.folder.WRAPPED", ("gemma3",))
+    monkeypatch.setattr("itprune.export.read_model", None)
     words = ["export", str(checkpoint), "--to", "vllm", "--output", str(tmp_path / "out")]
     assert main(words) == 1
     assert "how vLLM names the weights of 'llava'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import socket
@@ -43,6 +44,12 @@ class Ways:
     """It ends an answer with an error behind so many tokens."""
     status: int = 200
     """Of every answer but those about itself."""
+    busy: int = 0
+    """So many requests are refused with 429 before others are answered."""
+    die: int | None = None
+    """It ends behind so many tokens of an answer."""
+    endless: bool = False
+    """Its answers have no end."""
     message: str = "no"
     """Of a refusal."""
     health: int = 200
@@ -137,6 +144,8 @@ class Fake:
                 "keys": sorted(body),
             }
         )
+        if len(self.log) <= ways.busy:
+            return refuse(429, "busy")
         if ways.key and request.headers.get("authorization") != f"Bearer {ways.key}":
             return refuse(401, "Unauthorized")
         if body["model"] != NAME:
@@ -155,6 +164,8 @@ class Fake:
         async for new, finish in self.tokens(body, rows):
             if self.ways.hold == said:
                 await asyncio.Event().wait()
+            if self.ways.die == said:
+                os._exit(1)
             if self.ways.cut == said:
                 yield event({"error": {"message": "EngineCore died.", "code": 500}})
                 break
@@ -169,7 +180,7 @@ class Fake:
         draw = Decoding(body["max_tokens"], body["temperature"], body["top_p"], body["seed"])
         sampler = RowSampler(draw, [draw.seed]) if draw.temperature else None
         cache, given = None, rows[None]
-        for index in range(draw.max_new_tokens):
+        for index in itertools.count() if self.ways.endless else range(draw.max_new_tokens):
             with torch.no_grad():
                 out = self.model(inputs_embeds=given, past_key_values=cache, use_cache=True)
             cache, scores = out.past_key_values, out.logits[:, -1].float()
@@ -180,7 +191,8 @@ class Fake:
             if token in body["stop_token_ids"]:
                 yield token, "stop"
                 return
-            yield token, "length" if index + 1 == draw.max_new_tokens else None
+            last = index + 1 == draw.max_new_tokens and not self.ways.endless
+            yield token, "length" if last else None
             await asyncio.sleep(0)
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 
 import httpx
 
-from itprune.serving.asking import Asker, Busy, Refused, Said
+from itprune.serving import asking
+from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken
 from itprune.serving.balance import Gone, Upstream
 
@@ -18,7 +19,7 @@ FIRST = 'data: {"choices": [{"token_ids": [5], "finish_reason": null}]}\n\n'
 LAST = 'data: {"choices": [{"token_ids": [6], "finish_reason": "stop"}]}\n\n'
 
 
-def heard(text: str) -> list[Said]:
+def heard(text: str) -> list[Event]:
     """What is made of a stream."""
     found = []
 
@@ -38,7 +39,7 @@ def heard(text: str) -> list[Said]:
     "end", [LAST, LAST.replace("\n", "\r\n"), f": a comment\n\n{LAST}", LAST * 2]
 )
 def test_events(end: str) -> None:
-    assert heard(FIRST + end)[:2] == [Said([5], None), Said([6], "stop")]
+    assert heard(FIRST + end)[:2] == [Event([5], None), Event([6], "stop")]
 
 
 def test_what_stands_behind_the_end_is_not_read() -> None:
@@ -48,7 +49,7 @@ def test_what_stands_behind_the_end_is_not_read() -> None:
 @pytest.mark.parametrize("cut", range(1, len(LAST) - 1, 7))
 def test_half_an_event_is_none(cut: int) -> None:
     """A proxy may end the stream of a server that died as if all were well."""
-    assert heard(FIRST + LAST[:cut]) == [Said([5], None)]
+    assert heard(FIRST + LAST[:cut]) == [Event([5], None)]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,13 @@ def test_half_an_event_is_none(cut: int) -> None:
 def test_what_is_no_event_ends_the_answer(data: str) -> None:
     with pytest.raises(Broken, match="dialect"):
         heard(f"{FIRST}data: {data}\n\n{LAST}")
+
+
+@pytest.mark.parametrize("more", ["x" * 300, "data: x\n" * 200], ids=["line", "event"])
+def test_what_never_ends_is_not_read_for_ever(more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "LARGEST", 100)
+    with pytest.raises(Broken, match="dialect"):
+        heard(f"{FIRST}data: {more}")
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,46 @@ def test_a_server_that_names_no_model_is_left_out(models: str) -> None:
             await balancer.close()
 
     asyncio.run(start())
+
+
+def test_another_model_at_the_same_address_is_noticed() -> None:
+    cards = [{"id": "a", "max_model_len": 50}, {"id": "b", "max_model_len": 9}]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        models = request.url.path == "/v1/models"
+        return httpx.Response(200, json={"data": [cards.pop(0)]} if models else {})
+
+    async def look() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            balancer = Balancer(["http://a"], client, beat=0.01)
+            (upstream,) = balancer.upstreams
+            await balancer.start()
+            assert (upstream.model, upstream.context, upstream.alive) == ("a", 50, True)
+            while cards:
+                await asyncio.sleep(0.01)
+            assert (upstream.model, upstream.context) == ("b", 9)
+            await balancer.close()
+
+    asyncio.run(look())
+
+
+def test_why_a_server_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    looks = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal looks
+        looks += 1
+        return httpx.Response(401 if request.url.path == "/v1/models" else 200)
+
+    async def look() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            balancer = Balancer(["http://a"], client, beat=0.01)
+            await balancer.start()
+            while looks < 6:
+                await asyncio.sleep(0.01)
+            assert not balancer.alive
+            await balancer.close()
+
+    asyncio.run(look())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["http://a is left out until it answers: it does not accept the key"]

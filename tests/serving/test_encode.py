@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from itprune import load_pretrained
 from itprune.question import Question
 from itprune.serving.encode import Encoder, Rows
-from itprune.serving.wire import ImagesWire, PromptWire, payload
+from itprune.serving.wire import Draw, ImagesWire, PromptWire, payload
 from tests import tiny_folders
 from tests.serving.reference import Reference, picture, questions
 from tests.serving.upstreams import build_wide
@@ -212,3 +212,10 @@ def test_rows_may_be_sent_in_another_type(folder: Folder) -> None:
     encoder = Encoder.load(folder("llava"), keep=0.4, dtype=torch.bfloat16, device="cpu")
     rows = encoder.encode([encoder.prepare(Question.from_prompt("What?", [picture(0)]))])[0]
     assert read(PromptWire(encoder).ask(rows)["prompt_embeds"]).dtype == torch.bfloat16
+
+
+def test_nothing_is_left_to_what_a_models_files_recommend() -> None:
+    """vLLM takes from generation_config.json what a request leaves out."""
+    body = Draw(8, 0.0, 1.0, 0, (2,)).to_body()
+    neutral = {"top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {**neutral, "repetition_penalty": 1.0}.items() <= body.items()

@@ -16,7 +16,8 @@ pytest.importorskip("httpx", reason="needs pip install 'itprune[serve]'")
 import httpx
 from safetensors.torch import load_file
 
-from itprune.cli import encode, serve
+from itprune.cli import encode, infer, serve
+from itprune.cli.question_lines import Line
 from itprune.cli.upstream import KEY, read_key
 from itprune.question import Question
 from itprune.serving.balance import read_urls
@@ -128,6 +129,23 @@ def test_folder_holds_rows_records_and_what_went_wrong(
     assert "1 line(s) could not be encoded: 4" in told
 
 
+def test_answers_are_asked_for_as_far_as_the_context_goes(folder: Path, tmp_path: Path) -> None:
+    """vLLM refuses a request whose prompt and answer do not fit together."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    texts = ("word " * 95, "word " * 3000)
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert run("--model", folder, "--jsonl", source, "--folder", output) == 0
+    (request,) = read_lines(output / "requests.jsonl")
+    fits, too_long = read_lines(output / "lines.jsonl")
+    assert request["body"]["max_tokens"] == 512 - fits["tokens_kept"] < 128
+    assert "the context of the model holds 512" in too_long["error"]
+
+
+def test_a_line_of_brackets_without_end_is_one_bad_line() -> None:
+    with pytest.raises(ValueError, match="not a question"):
+        Line(1, b"[" * 100_000, "").record()
+
+
 # ------------------------------------------------------------------------------------ answers
 def test_lines_are_answered(
     servers: Servers, folder: Path, lines: Path, own: Reference, tmp_path: Path
@@ -143,6 +161,24 @@ def test_lines_are_answered(
     assert read_lines(output) == records
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("--wire", "images"), ("--same-count", 3), ("--rows-dtype", "bfloat16")],
+    ids=lambda words: words[0],
+)
+def test_answers_of_other_settings_are_not_gone_on_with(
+    servers: Servers, folder: Path, lines: Path, tmp_path: Path, words: tuple[Any, ...]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--max-new-tokens", 2, "--output", output)
+    upstream = ("--upstream", servers.start().url)
+    assert run(*given, *upstream) == 0
+    with pytest.raises(ValueError, match="other settings"):
+        run(*given, *upstream, *words)
+    with pytest.raises(ValueError, match="other settings"):
+        infer.run(options(infer, "infer", "--quiet", *given))
+
+
 def test_a_line_that_takes_too_long_is_an_error(
     servers: Servers, folder: Path, lines: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +187,32 @@ def test_a_line_that_takes_too_long_is_an_error(
     assert run(*given, "--output", output, "--max-seconds", 0.5, "--concurrency", 4) == 1
     told = [record["error"] for record in read_lines(output)]
     assert told[:3] == ["no answer within 0.5 seconds"] * 3
+
+
+def test_lines_wait_for_busy_servers_and_are_left_where_it_is_of_no_use(
+    servers: Servers, folder: Path, lines: Path, own: Reference, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--keep", KEEP, "--max-new-tokens", 12)
+    given += ("--output", output)
+    busy = servers.start(status=429)
+    with pytest.raises(ValueError, match=r"busy; .* the same command goes on"):
+        run(*given, "--upstream", busy.url, "--max-seconds", 2)
+    assert [record["line"] for record in read_lines(output)] == [4]  # the bad one
+    relieved = servers.start(busy=6)
+    assert run(*given, "--upstream", relieved.url) == 0
+    assert [record.get("answer") for record in read_lines(output)] == [*own_answers(own), None]
+
+
+def test_lines_are_left_where_the_last_server_dies(
+    servers: Servers, folder: Path, lines: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ("--model", folder, "--jsonl", lines, "--max-new-tokens", 12, "--output", output)
+    server = servers.start(die=2)
+    with pytest.raises(ValueError, match=r"no server .* the same command goes on"):
+        run(*given, "--upstream", server.url, "--max-seconds", 4, "--concurrency", 4)
+    assert [record["line"] for record in read_lines(output)] == [4]
 
 
 def test_no_server_is_one_sentence(folder: Path, lines: Path, tmp_path: Path) -> None:
@@ -221,7 +283,18 @@ def test_addresses_are_read_with_and_without_v1() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " , ", "a:8000", "ftp://a", "http://", "http://a:x", "http://a/b", "http://a?b=1"]
+    "text",
+    [
+        "",
+        " , ",
+        "a:8000",
+        "ftp://a",
+        "http://",
+        "http://a:x",
+        "http://a/b",
+        "http://a?b=1",
+        "http://a b",
+    ],
 )
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="--upstream: "):

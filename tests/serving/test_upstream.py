@@ -245,6 +245,18 @@ def test_a_server_that_says_otherwise_goes_on_behind_the_text(
     assert "continue_final_message" in second.log[-1]["keys"]
 
 
+def test_a_server_that_does_not_end_an_answer_has_it_ended(
+    servers: Servers, encoder: Encoder, own: list[str]
+) -> None:
+    async def ask() -> list[Piece]:
+        async with Asked(encoder, [servers.start(endless=True)]) as asked:
+            return await asked.pieces(questions()[1])
+
+    pieces = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert said(pieces) == own[1]
+    assert pieces[-1].finish == "length"
+
+
 def test_an_answer_that_fails_is_asked_for_elsewhere(
     servers: Servers, encoder: Encoder, own: list[str]
 ) -> None:
