@@ -85,14 +85,8 @@ def _write(args: argparse.Namespace) -> int:
     source = QuestionLines.from_options(args, draw)
     with new_folder(Path(args.folder)) as folder:
         encoder = load_encoder(args)
-        how = Draw(
-            draw.max_new_tokens,
-            draw.temperature,
-            draw.top_p,
-            draw.seed,
-            encoder.answerer.stops,
-        )
         name = args.served_name or Path(args.model).resolve().name
+        how = Draw.of(encoder.answerer, draw)
         output = EncodedFolder(folder, WIRES[args.wire](encoder), how, name)
         with progress(source.count(), 0, args.quiet) as bar, output:
             output.fill(encoder, source, args.batch_size, bar)

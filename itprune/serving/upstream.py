@@ -16,6 +16,7 @@ from contextlib import aclosing
 
 import httpx
 
+from itprune.decoding import Decoding
 from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
 from itprune.serving.balance import BEAT, LOOK_SECONDS, Balancer, Gone, Unreached, Upstream
@@ -300,11 +301,10 @@ class Answering:
 
     def _body(self, known: list[int]) -> Body:
         wire, rows, request = self._backend.wire, self._rows, self._request
-        draw = Draw(
-            self.room - len(known), request.temperature, request.top_p, request.seed, self._stops
-        )
+        left = self.room - len(known)
+        decoding = Decoding(left, request.temperature, request.top_p, request.seed)
         asked = wire.go_on(rows, known, self.said.whole()) if known else wire.ask(rows)
-        return {**asked, **draw.to_body()}
+        return {**asked, **Draw.of(self._backend.encoder.answerer, decoding).to_body()}
 
     def _take(self, ids: list[int], finish: str | None) -> list[Piece]:
         """What new tokens, or the end, bring."""

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from itprune.answer import Answerer
+from itprune.decoding import Decoding
 from itprune.serving.encode import Encoder, Rows
 
 Body = dict[str, Any]
@@ -37,7 +39,8 @@ class Draw:
     """How an answer is drawn, in vLLM's words.
 
     All that can be said is said: for what a request leaves out, a server takes what the model's
-    generation_config.json recommends, such as a repetition_penalty.
+    generation_config.json recommends. `generate`, which draws for us elsewhere, takes no more from
+    there than the penalty on repetition.
     """
 
     max_tokens: int
@@ -45,6 +48,19 @@ class Draw:
     top_p: float
     seed: int
     stop_token_ids: tuple[int, ...]
+    repetition_penalty: float
+
+    @classmethod
+    def of(cls, answerer: Answerer, decoding: Decoding) -> Draw:
+        """As a model answers here."""
+        return cls(
+            decoding.max_new_tokens,
+            decoding.temperature,
+            decoding.top_p,
+            decoding.seed,
+            answerer.stops,
+            answerer.model.generation_config.repetition_penalty or 1.0,
+        )
 
     def to_body(self) -> Body:
         return {
@@ -53,7 +69,7 @@ class Draw:
             "top_p": self.top_p,
             "top_k": 0,
             "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": self.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": self.seed,

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from itprune import load_pretrained
+from itprune.decoding import Decoding
 from itprune.question import Question
 from itprune.serving.encode import Encoder, Rows
 from itprune.serving.wire import Draw, ImagesWire, PromptWire, payload
@@ -214,8 +215,13 @@ def test_rows_may_be_sent_in_another_type(folder: Folder) -> None:
     assert read(PromptWire(encoder).ask(rows)["prompt_embeds"]).dtype == torch.bfloat16
 
 
-def test_nothing_is_left_to_what_a_models_files_recommend() -> None:
-    """vLLM takes from generation_config.json what a request leaves out."""
-    body = Draw(8, 0.0, 1.0, 0, (2,)).to_body()
+def test_what_a_models_files_recommend_counts_as_it_does_here(folder: Folder) -> None:
+    """vLLM takes from generation_config.json all that a request leaves out; `generate` does not."""
+    answerer = Encoder.load(folder("llava"), keep=0.4, device="cpu").answerer
     neutral = {"top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    body = Draw.of(answerer, Decoding(8)).to_body()
     assert {**neutral, "repetition_penalty": 1.0}.items() <= body.items()
+    answerer.model.generation_config.repetition_penalty = 1.3
+    answerer.model.generation_config.top_k = 7
+    body = Draw.of(answerer, Decoding(8)).to_body()
+    assert {**neutral, "repetition_penalty": 1.3}.items() <= body.items()
