@@ -18,7 +18,7 @@ ORACLES := tests/test_engine_equivalence.py tests/test_engine_generate.py tests/
 	tests/test_add_a_family.py tests/test_callers.py tests/test_inner_call.py \
 	tests/test_downsample.py tests/test_attention_received.py tests/test_repeats.py \
 	tests/serving/test_running.py tests/serving/test_core.py tests/serving/test_saying.py \
-	tests/serving/test_encode.py
+	tests/serving/test_encoder.py
 
 # vLLM's CPU build (a package of its own, 3.5 GB) in an environment of its own.
 VLLM := .venv-vllm

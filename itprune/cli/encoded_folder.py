@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from itprune.cli.question_lines import Line, QuestionLines
-from itprune.serving.encode import Encoder, Prepared, Rows
+from itprune.serving.encoder import Encoder, Prepared, Rows
 from itprune.serving.wire import Draw, Wire
 
 ROWS = "rows"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from itprune.cli import secrets
 from itprune.cli.loading import add_loading_options, check_options, load
-from itprune.cli.upstream import add_upstream_options, make_upstream
+from itprune.cli.upstream import add_upstream_options, check_no_upstream, make_upstream
 from itprune.web.listening import address, check_host, open_socket
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def make_backend(args: argparse.Namespace, limits: Limits) -> Backend:
         backend = make_upstream(args, served_name(args), offered_methods(args.methods))
         limits.check_keep(backend.facts().keep)
         return backend
+    check_no_upstream(args)
     from itprune.serving.admission import MB, Admission, prompt_room, spare_bytes
     from itprune.serving.local import LocalBackend
 

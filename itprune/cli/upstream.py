@@ -12,7 +12,7 @@ from itprune.cli.loading import DTYPES, dtype_of, load, one_sentence
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from itprune.serving.encode import Encoder
+    from itprune.serving.encoder import Encoder
     from itprune.serving.upstream import UpstreamBackend
 
 KEY = "ITPRUNE_UPSTREAM_KEY"
@@ -29,7 +29,7 @@ def add_upstream_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wire",
         choices=WIRES,
-        default="prompt",
+        default=WIRES[0],
         help="prompt: the rows of whole prompts, for stock servers started with "
         "--enable-prompt-embeds; images: chat messages with the rows of images, for servers "
         "started with --enable-mm-embeds; default %(default)s",
@@ -52,13 +52,30 @@ def add_upstream_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_no_upstream(args: argparse.Namespace) -> None:
+    """Refuses options that are for servers elsewhere, where there are none.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    given = {
+        "--wire": args.wire != WIRES[0],
+        "--same-count": args.same_count is not None,
+        "--rows-dtype": args.rows_dtype is not None,
+        FILE: args.upstream_key_file is not None,
+    }
+    for option, there in given.items():
+        if there:
+            raise ValueError(f"{option}: is for vLLM servers; give --engine vllm and --upstream")
+
+
 def load_encoder(args: argparse.Namespace) -> Encoder:
     """The vision half of the model the options name.
 
     Raises:
         ValueError: in one sentence.
     """
-    from itprune.serving.encode import Encoder
+    from itprune.serving.encoder import Encoder
 
     loaded = load(args, llm=False)
     dtype = None if args.rows_dtype is None else dtype_of(args.rows_dtype)

@@ -20,8 +20,8 @@ from itprune.decoding import Decoding
 from itprune.serving.asking import Asker, Busy, Event, Refused
 from itprune.serving.backend import Broken, Facts, Gauge, Piece, Request, Unavailable, Usage
 from itprune.serving.balance import BEAT, LOOK_SECONDS, Balancer, Gone, Unreached, Upstream
-from itprune.serving.encode import Encoder, Rows
-from itprune.serving.encoding import EncodingLine
+from itprune.serving.encoder import Encoder, Rows
+from itprune.serving.encoding_line import EncodingLine
 from itprune.serving.saying import Said
 from itprune.serving.wire import Body, Draw, Wire
 from itprune.web.texts import as_texts

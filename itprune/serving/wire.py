@@ -22,7 +22,7 @@ from torch import Tensor
 
 from itprune.answer import Answerer
 from itprune.decoding import Decoding
-from itprune.serving.encode import Encoder, Rows
+from itprune.serving.encoder import Encoder, Rows
 
 Body = dict[str, Any]
 

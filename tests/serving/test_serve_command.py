@@ -199,6 +199,8 @@ def test_a_key_in_a_file_and_ctrl_c(tmp_path: Path) -> None:
         (("--max-kv-mb", "-1"), "--max-kv-mb"),
         (("--max-kv-mb", "0.001"), "memory for keys and values"),
         (("--allow-files", "nowhere"), "--allow-files nowhere: no such folder"),
+        (("--wire", "images"), "--wire: is for vLLM servers"),
+        (("--same-count", "6"), "--same-count: is for vLLM servers"),
         (("--api-key-file", "nowhere"), "--api-key-file nowhere: cannot be read"),
     ],
 )

@@ -17,7 +17,7 @@ from itprune.answer import TooLong
 from itprune.question import Question
 from itprune.serving.backend import Broken, Piece, Request, Unavailable
 from itprune.serving.balance import Unreached
-from itprune.serving.encode import Encoder
+from itprune.serving.encoder import Encoder
 from itprune.serving.upstream import UpstreamBackend
 from itprune.serving.wire import WIRES
 from tests.serving.reference import Reference, picture, questions

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from itprune import load_pretrained
 from itprune.decoding import Decoding
 from itprune.question import Question
-from itprune.serving.encode import Encoder, Rows
+from itprune.serving.encoder import Encoder, Rows
 from itprune.serving.wire import Draw, ImagesWire, PromptWire, payload
 from tests import tiny_folders
 from tests.serving.reference import Reference, picture, questions

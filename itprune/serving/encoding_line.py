@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from itprune.question import Question
 from itprune.serving.backend import Broken
-from itprune.serving.encode import Encoder, Prepared, Rows
+from itprune.serving.encoder import Encoder, Prepared, Rows
 
 logger = logging.getLogger(__name__)
 
