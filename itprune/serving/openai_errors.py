@@ -80,7 +80,8 @@ def busy(message: str, wait: int = 5) -> ApiError:
 
 
 def sentence_of(error: Exception) -> str:
-    """The first line of what was raised, without paths."""
+    """The first line of what was raised, without paths, and in the words of a request, which has
+    `keep` where a recipe has `prune.keep`."""
     line = next(iter(str(error).splitlines()), "").strip() or WRONG
-    line = PATH.sub("…", line)
+    line = PATH.sub("…", line).removeprefix("prune.")
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

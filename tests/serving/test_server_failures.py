@@ -190,6 +190,7 @@ def test_a_client_gone_during_its_request_holds_up_nobody(url: str, backend: Scr
         ("'/root/a b.png' and C:\\Users\\me\\x.txt", "'… b.png' and …"),
         ("image/png and/or data:image/png;base64,", "image/png and/or data:image/png;base64,"),
         ("use /v1/models", "use …"),
+        ("prune.keep: 0.1 is out of reach", "keep: 0.1 is out of reach"),
         ("", "the server failed on this request; its log says why"),
         ("a\nb", "a"),
         ("x" * 500, "x" * 399 + "…"),
