@@ -132,13 +132,8 @@ class Answerer:
     def prepare(self, question: Question) -> Encoded:
         """The same, whatever its length. Raises ValueError: the processor refuses it."""
         start = time.perf_counter()
-        # Joined as templates do, which may even write images first: a token could be in two parts.
-        texts = [
-            "".join(part["text"] for part in message["content"] if part["type"] == "text")
-            for message in question.messages
-        ]
         for token in self.reserved:
-            if any(token in text for text in texts):
+            if any(token in text for text in question.texts):
                 raise ValueError(f"the text contains {token}, a token of the model's images")
         return Encoded(self._inputs(question), time.perf_counter() - start)
 

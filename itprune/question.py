@@ -85,8 +85,7 @@ class Question:
         answers = [m for m in self.messages if m["role"] == "assistant"]
         if any(part["type"] == "image" for m in answers for part in m["content"]):
             raise ValueError(f"{IMAGE} stands in an assistant turn; only a user shows images")
-        texts = [p["text"] for m in self.messages for p in m["content"] if p["type"] == "text"]
-        if any(_is_broken(text) for text in texts):
+        if any(_is_broken(text) for text in self.texts):
             raise ValueError("the text holds half a character (a lone surrogate); write it anew")
         places = sum(p["type"] == "image" for m in self.messages for p in m["content"])
         if places != len(self.images):
@@ -94,6 +93,14 @@ class Question:
                 f"the text has {places} {IMAGE} but {len(self.images)} image(s) are given; "
                 "write one for each image"
             )
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each message, joined as templates do: some even write its images first."""
+        return [
+            "".join(part["text"] for part in message["content"] if part["type"] == "text")
+            for message in self.messages
+        ]
 
     @classmethod
     def from_prompt(cls, prompt: str, images: Sequence[Image.Image] = ()) -> Question:
