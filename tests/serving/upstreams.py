@@ -44,6 +44,10 @@ class Server:
         """It holds its connections, and does nothing more."""
         os.kill(self.pid, signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        """It goes on."""
+        os.kill(self.pid, signal.SIGCONT)
+
 
 class Servers:
     """Makes servers, quickly: they are forks of one process that has the model."""

@@ -101,7 +101,7 @@ def test_the_instruction_follows_the_last_question(folder: Path) -> None:
     task = read(folder, llava(), {"messages": turns}, instruction="Be short.")
     first, second = (task.question(item).messages for item in task.items)
     assert first[-1]["content"][-1]["text"] == "Which?\nBe short."
-    assert [part["text"] for part in second[-1]["content"]] == ["Second?", "Be short."]
+    assert [part["text"] for part in second[-1]["content"]] == ["Second?", "\nBe short."]
     assert second[0]["content"][0]["text"] == "First?"
     assert turns[2]["content"] == [{"type": "text", "text": "Second?"}]
 

@@ -28,12 +28,14 @@ def test_a_kill_in_the_middle_of_answers_loses_none(
     async def ask() -> tuple[list[str], UpstreamBackend]:
         first, second = servers.start(hold=hold), servers.start()
         async with Asked(encoder, [first, second], wire) as asked:
+            second.freeze()  # so that it ends nothing meanwhile, and both get as many
             streams = [await asked.stream(question) for question in questions() * 2]
+            await until(lambda: len(first.log) >= 4)
+            second.thaw()
             heads = [[] for _ in streams]
             for stream, head in zip(streams, heads, strict=True):
                 if hold:
                     head.append(await anext(aiter(stream)))
-            await until(lambda: len(first.log) >= 4)
             first.kill()
             rests = [[piece async for piece in stream] for stream in streams]
             return [said(a + b) for a, b in zip(heads, rests, strict=True)], asked.backend
