@@ -29,8 +29,8 @@ class Limits:
     """Longest time a request may take to come in."""
     requests: int = 256
     """Requests under way, those that wait included."""
-    rate: int = 600
-    """Requests of one client in a minute."""
+    rate: int = 6000
+    """Requests of one client in a minute; a file of short questions comes at many a second."""
     drain_seconds: float = 60.0
     """How long answers under way may go on when the server is told to end."""
     keep_min: float = 0.01
